@@ -1,0 +1,188 @@
+"""Measures of a layer's features: ranks, the largest and smallest singular values, dead and dormant units, norms.
+
+φ, shape (N, D), holds the outputs of a hidden layer for N samples; σ₁ ≥ … ≥ σ_D are its singular values, not centred.
+Every function here is pure, takes float32, float64, bfloat16 or float16 on any device, gives no gradient and returns
+0-dim float64 tensors on the input's device, or on the CPU for MPS, which has neither float64 nor decompositions.
+What can't be measured is NaN: nothing here raises on numbers, only on a wrong shape, dtype or name.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+RANKS = ("effective_rank", "pca_rank", "srank", "feature_rank", "matrix_rank", "stable_rank")
+SIGMAS = ("sigma_max", "sigma_2", "sigma_min")
+
+
+def feature_ranks(features):
+    """All rank measures of φ from one decomposition.
+
+    Args:
+        features: (N, D), floating point; N < D is fine.
+
+    Returns a dict of 0-dim float64 tensors. The ranks count dimensions, the sigmas have the unit of the features:
+        effective_rank: exp of the entropy of σ/Σσ, from 1 to min(N, D) (Roy & Vetterli 2007, "The effective rank")
+        pca_rank: smallest k whose Σ_{i≤k} σ² is 99 % of Σσ² (Yang et al. 2020; "rank" in figures 1, 3, 4 and 6 of the
+            PPO paper, Moalla et al. 2024)
+        srank: smallest k whose Σ_{i≤k} σ is 99 % of Σσ (Kumar et al. 2021, "Implicit under-parameterization")
+        feature_rank: number of σ/√N > 0.01; the only rank that depends on the scale (Lyle et al. 2022)
+        matrix_rank: number of σ > σ₁·max(N, D)·ε, ε of the dtype of `features`, as NumPy and PyTorch have it. In
+            bfloat16 (float16) that is 0 for any features once max(N, D) reaches 128 (1024).
+        stable_rank: ‖φ‖_F²/σ₁² (Rudelson & Vershynin 2007)
+        sigma_max, sigma_2, sigma_min: σ₁, σ₂, σ_D over √N; 0 where there are fewer than 2 or D singular values
+
+    All-zero features, a dead layer, have rank 0 by every definition; the paper's code gives NaN, 1, 1, 0, 0 for
+    effective_rank, pca_rank, srank, feature_rank, matrix_rank. Any NaN or infinity, or N = 0 or D = 0: NaN for all.
+
+    Unless `features` is float64, the σ are roots of the eigenvalues of the smaller Gram matrix, computed in float64.
+    Those under √(max(N, D)·2⁻⁵²)·σ₁, 5e-7·σ₁ for 1024 samples, count as 0. That is far below where matrix_rank stops in
+    float32; 500 of them, just under that limit, would have added 0.4 % to effective_rank.
+
+    Raises ValueError if `features` is not 2-D or not floating point.
+    """
+    x = _check(features)
+    if _undefined(x):
+        return {key: _nan(x) for key in (*RANKS, *SIGMAS)}
+    num_samples, num_units = x.shape
+    eps = torch.finfo(features.dtype).eps
+    scale = x.abs().amax().double()
+    divisor = scale.where(scale > 0, 1.0)
+    x = x.double() / divisor  # entries within ±1: squares neither overflow nor all vanish
+
+    if features.dtype == torch.float64:
+        # matrix_rank's threshold in float64 lies far below the √ε a Gram matrix resolves.
+        sigma = torch.linalg.svdvals(x)
+    else:
+        gram = x.T @ x if num_samples >= num_units else x @ x.T
+        eigenvalues = torch.linalg.eigvalsh(gram).flip(0)  # descending, (min(N, D),)
+        # Rounding leaves ±ε·λ₁ where there should be 0, and the root of that would be a singular value of 1e-8·σ₁.
+        noise = max(num_samples, num_units) * torch.finfo(torch.float64).eps * eigenvalues[0]
+        sigma = eigenvalues.where(eigenvalues > noise, 0.0).sqrt()
+
+    alive = sigma[0] > 0
+    entropy = torch.special.entr(sigma / sigma.sum().where(alive, 1.0)).sum()
+    variance = sigma.square()
+    scaled = sigma / math.sqrt(num_samples) * divisor
+    padded = F.pad(scaled, (0, max(num_units, 2) - len(sigma)))  # the singular values that N < D or D = 1 lacks
+    return {
+        "effective_rank": entropy.exp() * alive,
+        "pca_rank": _cumulative_rank(variance),
+        "srank": _cumulative_rank(sigma),
+        "feature_rank": (scaled > 0.01).sum().double(),
+        "matrix_rank": (sigma > sigma[0] * max(num_samples, num_units) * eps).sum().double(),
+        "stable_rank": variance.sum() / variance[0].where(alive, 1.0),
+        "sigma_max": padded[0],
+        "sigma_2": padded[1],
+        "sigma_min": padded[num_units - 1],
+    }
+
+
+def dead_units(features, activation):
+    """Number of the layer's D units that are useless on all samples, by the paper's definitions (figure 2).
+
+    Args:
+        features: (N, D), floating point: the outputs of `activation`.
+        activation: "ReLU" or "GELU": dead is exactly 0 on all samples; "LeakyReLU": negative on all samples, so that
+            it is linear; "Tanh": an unbiased std over the samples under 0.001, so that it is saturated or constant.
+
+    Returns a 0-dim float64 tensor; NaN for empty or non-finite features, and for Tanh on a single sample.
+    Raises ValueError for another activation, or if `features` is not 2-D or not floating point.
+    """
+    if activation not in ("ReLU", "GELU", "LeakyReLU", "Tanh"):
+        raise ValueError(f"activation must be ReLU, GELU, LeakyReLU or Tanh, got {activation!r}")
+    x = _check(features)
+    if _undefined(x) or (activation == "Tanh" and len(x) < 2):
+        return _nan(x)
+    if activation == "Tanh":
+        dead = x.double().std(dim=0) < 0.001
+    elif activation == "LeakyReLU":
+        dead = (x < 0).all(dim=0)
+    else:
+        dead = (x == 0).all(dim=0)
+    return dead.sum().double()
+
+
+def dormant_fraction(features, tau=0.025):
+    """Share of units whose mean absolute activation is at most `tau` times the layer's (Sokar et al. 2023).
+
+    Args:
+        features: (N, D), floating point.
+        tau: the dormancy threshold, without unit.
+
+    Returns a 0-dim float64 tensor in [0, 1]: 1 for all-zero features, NaN for empty or non-finite ones.
+    Raises ValueError if `features` is not 2-D or not floating point.
+    """
+    x = _check(features)
+    if _undefined(x):
+        return _nan(x)
+    activity = x.abs().mean(dim=0, dtype=torch.float64)  # (D,)
+    return (activity <= tau * activity.mean()).double().mean()
+
+
+def feature_stats(features):
+    """Norm, mean and spread of the features (N, D), floating point, in the unit of the features.
+
+    Returns a dict of 0-dim float64 tensors: feature_norm, the mean over samples of the L2 norm; feature_mean, over all
+    entries; feature_std, the mean over samples of the unbiased standard deviation across units (NaN for a single unit).
+    NaN for empty or non-finite features. Raises ValueError if `features` is not 2-D or not floating point.
+    """
+    x = _check(features)
+    if _undefined(x):
+        return {key: _nan(x) for key in ("feature_norm", "feature_mean", "feature_std")}
+    return {
+        "feature_norm": mean_norm(x),
+        "feature_mean": x.mean(dtype=torch.float64),
+        "feature_std": x.double().std(dim=1).mean() if x.shape[1] > 1 else _nan(x),
+    }
+
+
+def mean_norm(x):
+    """Mean over samples of the L2 norm of x (N, D), floating point: figure 1's pre-activation norm, in the unit of x.
+
+    Returns a 0-dim float64 tensor, NaN if x is empty or not finite. Raises ValueError if x is not 2-D floating point.
+    """
+    x = _check(x)
+    if x.numel() == 0:
+        return _nan(x)
+    norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).mean()
+    return norm.where(norm.isfinite(), math.nan)  # spares x, which may have 20 000 columns, a pass of isfinite
+
+
+def policy_variance(*parameters):
+    """How much the policy varies with the state: unbiased variance over samples, mean over the parameters (figure 2).
+
+    Args:
+        parameters: one or more (N, K_i), floating point: the action probabilities, or a normal's loc and scale.
+
+    Returns a 0-dim float64 tensor, in the parameters' unit squared: NaN if anything is empty or not finite, or N = 1.
+    Raises ValueError if a parameter is not 2-D floating point, if there is none, or if their N differ.
+    """
+    checked = [_check(p) for p in parameters]
+    if len({len(p) for p in checked}) != 1:
+        raise ValueError(f"need parameters with the same number of samples, got {[tuple(p.shape) for p in parameters]}")
+    if any(_undefined(p) for p in checked) or len(checked[0]) < 2:
+        return _nan(checked[0])
+    return torch.cat([p.double() for p in checked], dim=1).var(dim=0).mean()
+
+
+def _check(x):
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"expected a 2-D floating-point tensor (samples, units), got {x.dtype} of {tuple(x.shape)}")
+    return x.detach().cpu() if x.device.type == "mps" else x.detach()
+
+
+def _undefined(x):
+    return x.numel() == 0 or not x.isfinite().all()
+
+
+def _nan(x):
+    return torch.tensor(math.nan, dtype=torch.float64, device=x.device)
+
+
+def _cumulative_rank(mass):
+    """Smallest k whose first k entries of `mass` hold 99 % of it; 0 if it is all 0."""
+    cumulative = mass.cumsum(0)
+    # The slack keeps a tie, 99 of 100 equal singular values, from hanging on the rounding of the sum.
+    short = cumulative < 0.99 * (1 - 1e-12) * cumulative[-1]
+    return (short.sum() + (mass[0] > 0)).double()

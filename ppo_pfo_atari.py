@@ -1,0 +1,766 @@
+# PPO with Proximal Feature Optimization (PFO) on Atari, from "No Representation, No Trust" (NeurIPS 2024,
+# arXiv 2405.00662). Separate actor and critic; the defaults are the paper's.
+#   python ppo_pfo_atari.py --env-id Phoenix-v5 --pfo-coef 1.0                       PFO on the last hidden layer
+#   python ppo_pfo_atari.py --env-id Phoenix-v5 --pfo-coef 10.0 --pfo-layers all     PFO on all hidden layers
+#   python ppo_pfo_atari.py --env-id Phoenix-v5 --pfo-coef 0 --update-epochs 8       PPO, and its collapse
+import contextlib
+import difflib
+import math
+import os
+import shutil
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import envpool
+import imageio.v2 as imageio
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from envpool.atari.registration import atari_game_list
+from torch import Tensor
+
+from common.feature_rank import dead_units, dormant_fraction, feature_ranks, feature_stats, mean_norm, policy_variance
+from common.run import Run, check_range, fail, keep_freed_memory, milestones, parse_args, pick_device, random_states
+from common.trust_region import categorical_kl, feature_drift, ratio_stats
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """name of this experiment, part of the run's name"""
+    seed: int = 1
+    """seed of everything random: networks, actions, minibatches, environments"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps; auto takes CUDA, then MPS, then the CPU"""
+    torch_deterministic: bool = False
+    """only deterministic kernels, slower on CUDA; on a CPU runs repeat bit for bit without it"""
+    compile: bool = False
+    """run the policy and the losses through torch.compile (on CUDA as CUDA graphs); it takes a minute to start"""
+
+    # Logging
+    track: bool = False
+    """log to Weights & Biases too"""
+    wandb_project_name: str = "no-representation-no-trust"
+    """the W&B project"""
+    wandb_entity: str | None = None
+    """the W&B team; None is your own account"""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """offline writes a W&B run into the run's folder, to be uploaded with `wandb sync`"""
+    diagnostics_interval: int = 0
+    """iterations between two measurements of ranks, dead units and ratios; 0 stands for 0.1 % of the run (33 in 100 M
+    frames); the first and the last iteration always have them"""
+    eval_episodes: int = 0
+    """episodes of each evaluation, with sampled and with greedy actions, at the end of the run; 0 is no evaluation"""
+    eval_interval: float = 0.0
+    """share of the run (0.1: every tenth of it) after which to evaluate as well; 0 evaluates at the end alone"""
+    capture_video: bool = False
+    """record the first episode of each evaluation as mp4"""
+
+    # Environment
+    env_id: str = "Phoenix-v5"
+    """an Atari game, `Phoenix-v5` or `ALE/Phoenix-v5`"""
+    frame_skip: int = 3
+    """emulator frames for which an action is repeated (CleanRL: 4)"""
+    repeat_action_probability: float = 0.25
+    """probability that the emulator repeats the previous action instead, sticky actions (CleanRL: 0)"""
+    noop_max: int = 0
+    """most no-op frames after a reset (CleanRL: 30); envpool's least is one, which 0 becomes"""
+    fire_reset: bool = False
+    """press FIRE after a reset in games that have it (CleanRL: on)"""
+    episodic_life: bool = False
+    """a lost life ends an episode for the learner; logged returns are the whole game's all the same (CleanRL: on)"""
+
+    # Algorithm
+    total_timesteps: int = 100_000_000
+    """length of the run in emulator frames (agent steps x frame skip), floored to whole rollouts"""
+    learning_rate: float = 2.5e-4
+    """Adam's learning rate, constant unless annealed"""
+    anneal_lr: bool = False
+    """anneal the learning rate linearly to 0, rollout by rollout"""
+    cosine_lr: bool = False
+    """anneal the learning rate to 0 along a half cosine"""
+    num_envs: int = 8
+    """environments stepped in parallel"""
+    num_steps: int = 128
+    """agent steps of each environment in a rollout"""
+    minibatch_size: int = 256
+    """transitions in a minibatch; must divide num_envs x num_steps"""
+    update_epochs: int = 4
+    """passes over each rollout, the paper's knob of non-stationarity: 4, 6 and 8"""
+    gamma: float = 0.99
+    """discount"""
+    gae_lambda: float = 0.95
+    """lambda of the generalised advantage estimate"""
+    norm_adv: bool = True
+    """normalise advantages in each minibatch"""
+    clip_coef: float = 0.1
+    """epsilon, by which the ratio may differ from 1 before its gradient is cut"""
+    clip_objective: bool = True
+    """PPO's clipped objective; off is the plain surrogate, to go with --kl-coef or --target-kl"""
+    clip_vloss: bool = False
+    """clip the value's change to clip_coef as well (CleanRL: on)"""
+    ent_coef: float = 0.01
+    """coefficient of the entropy bonus"""
+    vf_coef: float = 1.0
+    """coefficient of the value loss, which is 0.5 x mean squared error (CleanRL: 0.5)"""
+    max_grad_norm: float = 0.5
+    """gradient norm to which the actor and the critic are clipped, each on its own"""
+    adam_eps: float = 1e-8
+    """Adam's epsilon (CleanRL: 1e-5)"""
+    activation: Literal["ReLU", "GELU", "LeakyReLU", "Tanh"] = "ReLU"
+    """activation of the hidden layers"""
+    layer_init: Literal["pytorch", "orthogonal"] = "pytorch"
+    """initial weights: PyTorch's default or CleanRL's orthogonal ones"""
+
+    # Interventions
+    pfo_coef: float = 1.0
+    """coefficient of PFO on the actor, 0 is plain PPO; the paper uses 1 for the last layer and 10 for all layers"""
+    pfo_layers: Literal["last", "all"] = "last"
+    """hold the last hidden layer, or all hidden layers concatenated"""
+    pfo_on: Literal["preactivations", "features"] = "preactivations"
+    """hold the layer before or after its activation; features exist for the last layer alone"""
+    pfo_distance: Literal["l2", "cosine"] = "l2"
+    """mean squared difference, or the negative cosine similarity, to what the rollout recorded"""
+    pfo_mode: Literal["regularize", "clip"] = "regularize"
+    """add the distance to the loss, or take the policy gradient from samples beyond --pfo-limit (whatever the size of
+    --pfo-coef above 0)"""
+    pfo_limit: float = 0.1
+    """a sample is out of trust when its features' l2 distance exceeds this, or their cosine is below 1 minus this"""
+    critic_pfo_coef: float = 0.0
+    """coefficient of PFO on the critic; 0 leaves the critic alone, as the paper does"""
+    critic_pfo_layers: Literal["last", "all"] = "last"
+    """as --pfo-layers, for the critic"""
+    critic_pfo_on: Literal["preactivations", "features"] = "preactivations"
+    """as --pfo-on, for the critic"""
+    critic_pfo_distance: Literal["l2", "cosine"] = "l2"
+    """as --pfo-distance, for the critic"""
+    critic_pfo_mode: Literal["regularize", "clip"] = "regularize"
+    """as --pfo-mode, for the critic, whose value gradient is taken"""
+    critic_pfo_limit: float = 0.1
+    """as --pfo-limit, for the critic"""
+    reset_optimizer: bool = False
+    """forget Adam's moments after each rollout"""
+    adam_beta1: float = 0.9
+    """Adam's decay of the first moment"""
+    adam_beta2: float = 0.999
+    """Adam's decay of the second moment; the paper's intervention is 0.9"""
+    kl_coef: float = 0.0
+    """initial coefficient of an adaptive KL penalty, 0 is none; the paper's code starts at 1, with
+    --no-clip-objective"""
+    kl_target: float = 0.01
+    """the penalty doubles when the last epoch's mean KL exceeds 1.5 times this and halves below this over 1.5"""
+    target_kl: float = 0.0
+    """end the update phase after the first minibatch whose KL exceeds this, 0 is never; the paper's code uses 0.01,
+    with --no-clip-objective"""
+
+    # Filled in from the above
+    batch_size: int = field(init=False)
+    """transitions in a rollout"""
+    num_iterations: int = field(init=False)
+    """rollouts in the run"""
+
+
+def check_args(args):
+    """Refuse what can't run before anything is started, and fill in what follows from the arguments."""
+    args.env_id = args.env_id.removeprefix("ALE/")
+    names = ["".join(map(str.capitalize, game.split("_"))) + "-v5" for game in atari_game_list]
+    games = {name.lower(): name for name in names}  # ALE's and envpool's capitals differ in one: TicTacToe3D
+    if args.env_id.lower() not in games:
+        nearest = difflib.get_close_matches(args.env_id.lower().removesuffix("-v5") + "-v5", games, n=3, cutoff=0.3)
+        nearest = ", ".join(games[name] for name in nearest or ("breakout-v5", "phoenix-v5", "qbert-v5"))
+        fail(f"--env-id {args.env_id}: must be one of envpool's {len(games)} Atari games, as {nearest}")
+    args.env_id = games[args.env_id.lower()]
+    check_range(args, "num_envs num_steps minibatch_size update_epochs total_timesteps", low=1)
+    check_range(args, "frame_skip", low=1, high=1000)
+    check_range(args, "seed", low=0, high=2**31 - 1)
+    check_range(args, "noop_max", low=0, high=1000)
+    check_range(args, "diagnostics_interval eval_episodes", low=0)
+    check_range(args, "learning_rate max_grad_norm adam_eps clip_coef kl_target", above=0)
+    check_range(args, "pfo_limit critic_pfo_limit", above=0)
+    check_range(args, "ent_coef vf_coef pfo_coef critic_pfo_coef kl_coef target_kl", low=0)
+    check_range(args, "gamma gae_lambda repeat_action_probability eval_interval", low=0, high=1)
+    check_range(args, "adam_beta1 adam_beta2", low=0, below=1)
+    args.batch_size = args.num_envs * args.num_steps
+    if args.batch_size % args.minibatch_size:
+        fail(f"--minibatch-size {args.minibatch_size}: must divide num_envs x num_steps = {args.batch_size}")
+    args.num_iterations = args.total_timesteps // (args.batch_size * args.frame_skip)
+    if not args.num_iterations:
+        least = args.batch_size * args.frame_skip
+        fail(f"--total-timesteps {args.total_timesteps}: must be at least one rollout of {least} frames")
+    for prefix in ("pfo", "critic_pfo"):
+        if getattr(args, f"{prefix}_layers") == "all" and getattr(args, f"{prefix}_on") == "features":
+            flag = "--" + prefix.replace("_", "-")
+            fail(f"{flag}-layers all: must go with {flag}-on preactivations; all layers after activation do not exist")
+    if args.anneal_lr and args.cosine_lr:
+        fail("--cosine-lr: must not go with --anneal-lr; choose one schedule")
+    if (args.capture_video or args.eval_interval) and not args.eval_episodes:
+        flag = "--capture-video" if args.capture_video else f"--eval-interval {args.eval_interval}"
+        fail(f"{flag}: needs --eval-episodes of at least 1")
+    if args.compile and not shutil.which(os.environ.get("CXX", "c++")):
+        fail("--compile: torch.compile needs a C++ compiler on the PATH (or in CXX), and none is there")
+
+
+def make_envs(args, num_envs, seeds, **kwargs):
+    """``num_envs`` games in this process, each with its own seed."""
+    return envpool.make(
+        args.env_id,
+        env_type="gymnasium",
+        num_envs=num_envs,
+        seed=seeds,
+        frame_skip=args.frame_skip,
+        repeat_action_probability=args.repeat_action_probability,
+        noop_max=max(args.noop_max, 1),  # 0 crashes envpool
+        use_fire_reset=args.fire_reset,
+        max_episode_steps=108_000 // args.frame_skip,  # in agent steps; ALE's limit is in frames
+        **kwargs,
+    )
+
+
+class NetworkOutput(NamedTuple):
+    """What one forward pass of a network gives."""
+
+    output: Tensor  # (N, num_outputs) logits or value
+    features: Tensor  # (N, 512) last hidden layer after its activation
+    preactivations: list[Tensor]  # of every hidden layer before its activation: (N, 32, 20, 20), …, (N, 512)
+
+
+class Hidden(NamedTuple):
+    """What is kept of a network's hidden layers, to be measured and for PFO."""
+
+    features: Tensor  # (N, 512) last hidden layer after its activation
+    preactivations: Tensor  # (N, 512) the same before its activation
+    all_preactivations: Tensor | None  # (N, 21632) of all hidden layers, concatenated; None where not needed
+
+    def map(self, function):
+        return Hidden(*(None if x is None else function(x) for x in self))
+
+
+def hidden(network, all_layers):
+    """The Hidden of a NetworkOutput, with all layers' pre-activations if ``all_layers``."""
+    everything = torch.cat([layer.flatten(1) for layer in network.preactivations], dim=1) if all_layers else None
+    return Hidden(network.features, network.preactivations[-1], everything)
+
+
+def init_layer(layer, std, args):
+    if args.layer_init == "orthogonal":
+        nn.init.orthogonal_(layer.weight, std)
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Network(nn.Module):
+    """The convolutional network of Mnih et al. (2015)."""
+
+    def __init__(self, num_outputs, output_std, args):
+        super().__init__()
+        self.hidden = nn.ModuleList(
+            init_layer(layer, math.sqrt(2), args)
+            for layer in (
+                nn.Conv2d(4, 32, 8, stride=4),
+                nn.Conv2d(32, 64, 4, stride=2),
+                nn.Conv2d(64, 64, 3, stride=1),
+                nn.Linear(64 * 7 * 7, 512),
+            )
+        )
+        self.output = init_layer(nn.Linear(512, num_outputs), output_std, args)
+        self.activation = getattr(nn, args.activation)()
+
+    def forward(self, x):  # (N, 4, 84, 84) in [0, 1]
+        preactivations = []
+        for layer in self.hidden:
+            x = x.flatten(1) if isinstance(layer, nn.Linear) else x
+            preactivations.append(layer(x))
+            x = self.activation(preactivations[-1])
+        return NetworkOutput(self.output(x), x, preactivations)
+
+
+class Agent(nn.Module):
+    """Actor and critic, two networks that share nothing."""
+
+    def __init__(self, num_actions, args):
+        super().__init__()
+        self.actor = Network(num_actions, 0.01, args)
+        self.critic = Network(1, 1.0, args)
+
+    def scale(self, obs):
+        # Channels come last in storage: seen as (N, 4, 84, 84) this is the layout that convolutions are fastest in.
+        return obs.permute(0, 3, 1, 2) / 255  # (N, 84, 84, 4) uint8 to float32
+
+    def policy(self, obs):
+        return self.actor(self.scale(obs))
+
+    def value(self, obs):
+        return self.critic(self.scale(obs))
+
+    def forward(self, obs):
+        x = self.scale(obs)
+        return self.actor(x), self.critic(x)
+
+
+class Rollout(NamedTuple):
+    """What a rollout recorded, (num_steps, num_envs, …) each; every transition is one that an environment made."""
+
+    actions: Tensor  # int64
+    rewards: Tensor
+    dones: Tensor  # 1 where the step ended an episode, by a time limit too
+    logits: Tensor  # (…, num_actions)
+    hidden: Hidden  # of the actor
+
+
+def rollout(envs, act, obs, noise, running, all_layers):
+    """Step each environment ``len(noise)`` times from ``obs[0]`` on; returns a Rollout and the games that ended.
+
+    envs: a synchronous envpool. ``act(obs, noise)`` gives actions and the policy's NetworkOutput.
+    obs: (num_steps + 1, num_envs, 84, 84, 4) uint8 on the training device, filled from index 1.
+    noise: (num_steps, num_envs, num_actions), from which the actions are sampled.
+    running: (2, num_envs) return and length so far of the games in progress, carried on from rollout to rollout.
+    The games that ended: tuples of the agent steps into the rollout, raw return and length in agent steps.
+    """
+    num_steps, num_envs = noise.shape[:2]
+    staging = torch.empty((num_envs, 4, 84, 84), dtype=torch.uint8, pin_memory=True) if obs.is_cuda else None
+    rewards, dones = np.zeros((2, num_steps, num_envs), dtype=np.float32)
+    kept, kept_hidden, games = [], [], []
+    for step in range(num_steps):
+        torch.compiler.cudagraph_mark_step_begin()
+        actions, policy = act(obs[step], noise[step])
+        # Cloned, since a CUDA graph writes its next results over these.
+        kept.append((actions.clone(), policy.output.clone()))
+        kept_hidden.append(hidden(policy, all_layers).map(torch.clone))
+
+        next_obs, rewards[step], terminated, truncated, info = envs.step(actions.cpu().numpy())
+        dones[step] = done = terminated | truncated
+        running += np.stack([info["reward"], np.ones(num_envs)])
+        game_over = info["terminated"].astype(bool) | truncated  # a lost life is not the end of a game
+        for i in np.flatnonzero(game_over):
+            games.append(((step + 1) * num_envs, running[0, i], running[1, i]))
+        running[:, game_over] = 0
+
+        # envpool spends the next step of an ended environment on its reset: no action, no reward, a new episode's
+        # first observation. Spent here and now, it stays out of the rollout. After a lost life the game goes on.
+        if done.any():
+            ended = np.flatnonzero(done).astype(np.int32)
+            next_obs[ended] = envs.step(np.zeros_like(ended), ended)[0]
+        images = torch.from_numpy(next_obs)
+        images = images if staging is None else staging.copy_(images)
+        obs[step + 1].copy_(images.permute(0, 2, 3, 1), non_blocking=True)
+    actions, logits = (torch.stack(x) for x in zip(*kept, strict=True))
+    rewards, dones = (torch.from_numpy(x).to(obs.device) for x in (rewards, dones))
+    seen = Hidden(*(None if x[0] is None else torch.stack(x) for x in zip(*kept_hidden, strict=True)))
+    return Rollout(actions, rewards, dones, logits, seen), games
+
+
+def gae(rewards, values, next_values, dones, gamma, gae_lambda):
+    """Generalised advantage estimate (Schulman et al. 2016): advantages and returns, (num_steps, num_envs).
+
+    All arguments have that shape. Nothing is bootstrapped past a ``done``: a time limit is a termination.
+    """
+    advantages, lastgaelam = torch.zeros_like(rewards), 0
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] + gamma * next_values[t] * (1 - dones[t]) - values[t]
+        advantages[t] = lastgaelam = delta + gamma * gae_lambda * (1 - dones[t]) * lastgaelam
+    return advantages, advantages + values
+
+
+def pfo_input(hidden, layers, on):
+    """What PFO holds of a Hidden: (N, D)."""
+    return hidden.features if on == "features" else getattr(hidden, "all_preactivations" if layers == "all" else on)
+
+
+def feature_distance(new, old, distance, limit):
+    """Distance of each sample's features from ``old``, (N,), and which samples are out of trust, (N,) bool."""
+    if distance == "l2":
+        apart = (new - old).square().mean(1)
+        return apart, apart > limit
+    cosine = F.cosine_similarity(new, old, dim=1)
+    return -cosine, cosine < 1 - limit
+
+
+def actor_loss(logits, held, mb, kl_coef, args):
+    """The actor's loss on a minibatch, and what is logged of it by name.
+
+    logits: (N, num_actions) of the current policy; held: (N, D) its layer that PFO holds; kl_coef: tensor.
+    mb: the minibatch's actions, logits, advantages and actor_held, as the rollout recorded them.
+    """
+    newlogprobs, oldlogprobs = logits.log_softmax(1), mb["logits"].log_softmax(1)
+    logratio = (newlogprobs - oldlogprobs).gather(1, mb["actions"].unsqueeze(1)).squeeze(1)
+    ratio = logratio.exp()
+    mb_advantages = mb["advantages"]
+    if args.norm_adv:
+        mb_advantages = (mb_advantages - mb_advantages.mean()) / mb_advantages.std(correction=0).clamp(min=1e-6)
+
+    pg_loss = -mb_advantages * ratio
+    if args.clip_objective:
+        pg_loss = torch.max(pg_loss, -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef))
+
+    # PFO (section 5): the features may not move far from where they were during the rollout.
+    distance, out_of_trust = feature_distance(held, mb["actor_held"], args.pfo_distance, args.pfo_limit)
+    if args.pfo_coef and args.pfo_mode == "clip":
+        pg_loss = torch.where(out_of_trust, pg_loss.detach(), pg_loss)
+    pfo_actor = distance.mean()
+    pg_loss = pg_loss.mean()
+
+    entropy = -(newlogprobs.exp() * newlogprobs).sum(1).mean()
+    kl = (oldlogprobs.exp() * (oldlogprobs - newlogprobs)).sum(1).mean()
+    loss = pg_loss - args.ent_coef * entropy
+    if args.kl_coef:
+        loss = loss + kl_coef * kl
+    if args.pfo_coef and args.pfo_mode == "regularize":
+        loss = loss + args.pfo_coef * pfo_actor
+    return loss, {
+        "policy_loss": pg_loss,
+        "entropy": entropy,
+        "old_approx_kl": -logratio.mean(),
+        "approx_kl": (ratio - 1 - logratio).mean(),
+        "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+        "kl": kl,
+        "pfo_actor": pfo_actor,
+        "pfo_out_of_trust": out_of_trust.float().mean(),
+    }
+
+
+def critic_loss(newvalue, held, mb, args):
+    """The critic's loss on a minibatch, and what is logged of it by name.
+
+    newvalue: (N,) of the current critic; held: (N, D) its layer that PFO holds.
+    mb: the minibatch's returns, values and critic_held, as computed before the update phase.
+    """
+    v_loss = (newvalue - mb["returns"]).square()
+    if args.clip_vloss:
+        v_clipped = mb["values"] + (newvalue - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
+        v_loss = torch.max(v_loss, (v_clipped - mb["returns"]).square())
+
+    distance, out_of_trust = feature_distance(held, mb["critic_held"], args.critic_pfo_distance, args.critic_pfo_limit)
+    if args.critic_pfo_coef and args.critic_pfo_mode == "clip":
+        v_loss = torch.where(out_of_trust, v_loss.detach(), v_loss)
+    pfo_critic = distance.mean()
+    v_loss = 0.5 * v_loss.mean()
+
+    loss = args.vf_coef * v_loss
+    if args.critic_pfo_coef and args.critic_pfo_mode == "regularize":
+        loss = loss + args.critic_pfo_coef * pfo_critic
+    return loss, {"value_loss": v_loss, "pfo_critic": pfo_critic}
+
+
+LOGGED = (
+    *("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac"),
+    *("pfo_actor", "pfo_critic", "pfo_out_of_trust", "kl", "actor_grad_norm", "critic_grad_norm"),
+)
+
+
+def losses(agent, mb, kl_coef, args):
+    """Both losses on a minibatch, and what is logged of them by name."""
+    policy, value = agent(mb["obs"])
+    held = pfo_input(hidden(policy, args.pfo_layers == "all"), args.pfo_layers, args.pfo_on)
+    critic_held = pfo_input(hidden(value, args.critic_pfo_layers == "all"), args.critic_pfo_layers, args.critic_pfo_on)
+    a_loss, a_logged = actor_loss(policy.output, held, mb, kl_coef, args)
+    c_loss, c_logged = critic_loss(value.output.squeeze(1), critic_held, mb, args)
+    return a_loss + c_loss, {name: x.detach() for name, x in {**a_logged, **c_logged}.items()}
+
+
+def update(agent, losses, actor_optimizer, critic_optimizer, mb, kl_coef, args):
+    """One gradient step on a minibatch; returns LOGGED, (len(LOGGED),), without waiting for the device."""
+    torch.compiler.cudagraph_mark_step_begin()
+    loss, logged = losses(agent, mb, kl_coef, args)
+    actor_optimizer.zero_grad()
+    critic_optimizer.zero_grad()
+    loss.backward()
+    logged["actor_grad_norm"] = nn.utils.clip_grad_norm_(agent.actor.parameters(), args.max_grad_norm)
+    logged["critic_grad_norm"] = nn.utils.clip_grad_norm_(agent.critic.parameters(), args.max_grad_norm)
+    actor_optimizer.step()
+    critic_optimizer.step()
+    return torch.stack([logged[name] for name in LOGGED])
+
+
+def learning_rate(iteration, args):
+    """The learning rate of an iteration, counted from 1."""
+    left = 1 - (iteration - 1) / args.num_iterations
+    if args.cosine_lr:
+        return args.learning_rate * (1 - math.cos(math.pi * left)) / 2
+    return args.learning_rate * (left if args.anneal_lr else 1)
+
+
+def adapted_kl_coef(kl_coef, kl, args):
+    """The KL penalty's coefficient after an update phase whose last epoch had the mean KL ``kl``."""
+    return kl_coef * (2 if kl > 1.5 * args.kl_target else 0.5 if kl < args.kl_target / 1.5 else 1)
+
+
+def flat_weights(network):
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+def diagnose(before, after, actions, args):
+    """The representation and trust region measures of a rollout, by tag.
+
+    before, after: dicts of the rollout's N transitions as the networks at the update phase's two ends see them:
+    logits (N, num_actions), value (N,), and the Hidden of ``actor`` and ``critic``. actions: (N,).
+    """
+    tags = {}
+    for when, seen in (("before", before), ("after", after)):
+        probs = seen["logits"].softmax(1)
+        tags[f"representation/{when}/policy_variance"] = policy_variance(probs)
+        tags[f"representation/{when}/entropy"] = -(probs * seen["logits"].log_softmax(1)).sum(1).mean()
+        tags[f"representation/{when}/value_mean"] = seen["value"].mean()
+        tags[f"representation/{when}/value_std"] = seen["value"].std()
+        for network in ("actor", "critic"):
+            layers = seen[network]
+            measures = {
+                **feature_ranks(layers.features),
+                "dead_units": dead_units(layers.features, args.activation),
+                "dormant_fraction": dormant_fraction(layers.features),
+                **feature_stats(layers.features),
+                "preactivation_norm": mean_norm(layers.preactivations),
+                "all_preactivation_norm": mean_norm(layers.all_preactivations),
+            }
+            tags.update({f"representation/{when}/{network}/{name}": x for name, x in measures.items()})
+    for tag in [tag for tag in tags if tag.startswith("representation/after/")]:
+        if tag.endswith(("rank", "dead_units", "norm", "policy_variance")):
+            change = tags[tag] - tags[tag.replace("/after/", "/before/")]
+            tags[tag.replace("/after/", "/delta/")] = change
+
+    logratio = after["logits"].log_softmax(1) - before["logits"].log_softmax(1)
+    logratio = logratio.gather(1, actions.unsqueeze(1)).squeeze(1)
+    tags.update({f"trust_region/{name}": x for name, x in ratio_stats(logratio, args.clip_coef).items()})
+    tags["trust_region/kl"] = categorical_kl(before["logits"], after["logits"]).mean()
+    for network in ("actor", "critic"):
+        names = ("feature", "preactivation", "all_preactivation")
+        for layer, old, new in zip(names, before[network], after[network], strict=True):
+            drift = feature_drift(old, new)
+            tags.update({f"trust_region/{network}_{layer}_{name}": x for name, x in drift.items()})
+    return {tag: float(x) for tag, x in tags.items()}
+
+
+@torch.no_grad()
+def evaluate(agent, args, device, seeds, greedy, video=None):
+    """Returns and lengths (agent steps) of one whole game for each of ``seeds``, rewards unclipped.
+
+    The actions are sampled or ``greedy``; the first game is recorded to the path ``video``. Training's own random
+    states stay as they are.
+    """
+    envs = make_envs(args, len(seeds), seeds, render_mode="rgb_array" if video else None)
+    generator = torch.Generator(device).manual_seed(seeds[0])
+    obs, _ = envs.reset()
+    returns, lengths, playing = np.zeros(len(seeds)), np.zeros(len(seeds)), np.arange(len(seeds), dtype=np.int32)
+    with contextlib.ExitStack() as stack:
+        film = None
+        if video:
+            video.parent.mkdir(exist_ok=True)
+            film = stack.enter_context(imageio.get_writer(video, fps=60 / args.frame_skip, macro_block_size=2))
+        while playing.size:
+            if film and playing[0] == 0:
+                film.append_data(envs.render(env_ids=[0])[0])
+            logits = agent.policy(torch.from_numpy(obs).to(device).permute(0, 2, 3, 1)).output
+            noise = torch.empty_like(logits).exponential_(generator=generator)
+            actions = (logits if greedy else logits - noise.log()).argmax(1)
+            obs, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy(), playing)
+            returns[playing] += rewards
+            lengths[playing] += 1
+            ongoing = ~(terminated | truncated)
+            obs, playing = obs[ongoing], playing[ongoing]
+    envs.close()
+    return returns, lengths
+
+
+if __name__ == "__main__":
+    args = parse_args(Args)
+    check_args(args)
+    device = pick_device(args.device)
+    keep_freed_memory()
+    frames_per_iteration = args.batch_size * args.frame_skip
+    run = Run(args, args.num_iterations * frames_per_iteration)
+    if args.noop_max == 0:
+        run.say("--noop-max 0: envpool can't start a game without a no-op frame; each starts with one")
+
+    # Seeding
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    if args.torch_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not args.torch_deterministic
+
+    # Environments
+    seeds = rng.integers(2**31, size=args.num_envs).tolist()
+    envs = make_envs(args, args.num_envs, seeds, episodic_life=args.episodic_life, reward_clip=True)
+    num_actions = int(envs.action_space.n)
+
+    # Networks
+    agent = Agent(num_actions, args).to(device, memory_format=torch.channels_last)
+    adam = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps}
+    actor_optimizer = torch.optim.Adam(agent.actor.parameters(), **adam, fused=True)
+    critic_optimizer = torch.optim.Adam(agent.critic.parameters(), **adam, fused=True)
+    kl_coef = torch.tensor(args.kl_coef, device=device)
+
+    @torch.no_grad()
+    def act(obs, noise):
+        policy = agent.policy(obs)
+        return (policy.output - noise.log()).argmax(1), policy  # Gumbel's trick: noise is exponential
+
+    if args.compile:
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+        act = torch.compile(act, dynamic=False, mode=mode)
+        losses = torch.compile(losses, dynamic=False, mode=mode)
+
+    def checkpoint(iteration):
+        state = {
+            "script": os.path.basename(__file__),
+            "agent": agent.state_dict(),
+            "actor_optimizer": actor_optimizer.state_dict(),
+            "critic_optimizer": critic_optimizer.state_dict(),
+            "kl_coef": kl_coef.item(),
+            "num_actions": num_actions,
+            "iteration": iteration,
+            "global_step": iteration * frames_per_iteration,
+            "episodes": episodes,
+            "random_states": {**random_states(device), "numpy": rng.bit_generator.state},
+        }
+        run.save_checkpoint(iteration * frames_per_iteration, state)
+
+    start_time = time.time()
+    T, N, B = args.num_steps, args.num_envs, args.batch_size
+    diagnostics_interval = args.diagnostics_interval or math.ceil(args.num_iterations / 1000)
+    checkpoints = milestones(args.num_iterations, 0.025)
+    evaluations = milestones(args.num_iterations, args.eval_interval or 1) if args.eval_episodes else set()
+    obs = torch.empty((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
+    obs[0] = torch.from_numpy(envs.reset()[0]).permute(0, 2, 3, 1)
+    running, episodes, recent_returns = np.zeros((2, N)), 0, deque(maxlen=100)
+    shown = {}
+    checkpoint(0)
+
+    for iteration in range(1, args.num_iterations + 1):
+        diagnosed = (iteration - 1) % diagnostics_interval == 0 or iteration == args.num_iterations
+        previous_step, global_step = (iteration - 1) * frames_per_iteration, iteration * frames_per_iteration
+        scalars = {}
+
+        # Rollout
+        rollout_start = time.time()
+        noise = torch.empty((T, N, num_actions), device=device).exponential_()
+        transitions, games = rollout(envs, act, obs, noise, running, diagnosed or args.pfo_layers == "all")
+        for agent_steps, game_return, game_length in games:
+            scalars_of_game = {"charts/episodic_return": game_return, "charts/episodic_length": game_length}
+            run.log(scalars_of_game, previous_step + agent_steps * args.frame_skip)
+            recent_returns.append(game_return)
+        if games:
+            episodes += len(games)
+            scalars["charts/rollout_return"] = np.mean([game[1] for game in games])
+            scalars["charts/rollout_length"] = np.mean([game[2] for game in games])
+
+        # Advantages, and everything flattened to (B, …)
+        update_start = time.time()
+        with torch.no_grad():
+            critic = agent.value(obs.flatten(0, 1))  # ((T + 1) * N, …): the rollout and the observation after it
+            values, next_values = critic.output[: T * N].view(T, N), critic.output[N:].view(T, N)
+            advantages, returns = gae(
+                transitions.rewards, values, next_values, transitions.dones, args.gamma, args.gae_lambda
+            )
+        before = {
+            "logits": transitions.logits.flatten(0, 1),
+            "value": values.flatten(),
+            "actor": transitions.hidden.map(lambda x: x.flatten(0, 1)),
+            "critic": hidden(critic, diagnosed or args.critic_pfo_layers == "all").map(lambda x: x[: args.batch_size]),
+        }
+        del critic
+        batch = {
+            "obs": obs[:-1].flatten(0, 1),
+            "actions": transitions.actions.flatten(),
+            "logits": before["logits"],
+            "values": before["value"],
+            "advantages": advantages.flatten(),
+            "returns": returns.flatten(),
+            "actor_held": pfo_input(before["actor"], args.pfo_layers, args.pfo_on),
+            "critic_held": pfo_input(before["critic"], args.critic_pfo_layers, args.critic_pfo_on),
+        }
+
+        # Update phase
+        for optimizer in (actor_optimizer, critic_optimizer):
+            optimizer.param_groups[0]["lr"] = learning_rate(iteration, args)
+            if args.reset_optimizer:
+                optimizer.state.clear()
+        if diagnosed:
+            weights = {"actor": flat_weights(agent.actor), "critic": flat_weights(agent.critic)}
+        order = torch.cat([torch.randperm(B, device=device) for _ in range(args.update_epochs)])
+        order = order.split(args.minibatch_size)
+        logged = torch.zeros((len(order), len(LOGGED)), device=device)
+        for i, mb_inds in enumerate(order):
+            mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}
+            logged[i] = update(agent, losses, actor_optimizer, critic_optimizer, mb, kl_coef, args)
+            if args.target_kl and logged[i, LOGGED.index("kl")].item() > args.target_kl:
+                break
+        updates = i + 1
+        # The one transfer of the update phase: what was logged by name, a list over its minibatches
+        logged = dict(zip(LOGGED, logged[:updates].T.tolist(), strict=True))
+        update_time = time.time() - update_start
+        for name in ("policy_loss", "value_loss", "entropy", "actor_grad_norm", "critic_grad_norm"):
+            if not all(map(math.isfinite, logged[name])):
+                run.close(exit_code=1)
+                last = max(run.folder.glob("checkpoints/*.pt"), key=lambda path: int(path.stem))
+                fail(f"{name} is not finite in iteration {iteration}; the last good checkpoint is {last}", code=1)
+        for name in LOGGED[: LOGGED.index("kl")]:
+            scalars[f"losses/first_minibatch/{name}"] = logged[name][0]
+            scalars[f"losses/last_minibatch/{name}"] = logged[name][-1]
+            scalars[f"losses/{name}"] = logged[name][-1]
+        scalars["losses/clipfrac"] = np.mean(logged["clipfrac"])
+        scalars["losses/early_stop"] = 1 - updates / len(order)
+        scalars["losses/kl_coef"] = kl_coef.item()
+        if args.kl_coef:
+            last_epoch = (updates - 1) // (B // args.minibatch_size) * (B // args.minibatch_size)
+            kl_coef.fill_(adapted_kl_coef(kl_coef.item(), np.mean(logged["kl"][last_epoch:]), args))
+        variance = returns.var()
+        if variance > 0:
+            scalars["losses/explained_variance"] = (1 - (returns - values).var() / variance).item()
+        else:
+            run.say_once("losses/explained_variance: not logged where all returns of a rollout are equal")
+
+        # Diagnostics of the whole rollout, by the networks as they now are
+        if diagnosed:
+            diagnostics_start = time.time()
+            with torch.no_grad():
+                policy, value = agent(batch["obs"])
+                after = {"logits": policy.output, "value": value.output.squeeze(1)}
+                after |= {"actor": hidden(policy, True), "critic": hidden(value, True)}
+                del policy, value
+                scalars |= diagnose(before, after, batch["actions"], args)
+                for name, network in (("actor", agent.actor), ("critic", agent.critic)):
+                    new = flat_weights(network)
+                    scalars[f"optim/{name}/grad_norm"] = np.mean(logged[f"{name}_grad_norm"])
+                    scalars[f"optim/{name}/update_norm"] = (new - weights[name]).norm().item()
+                    scalars[f"optim/{name}/weight_norm"] = new.norm().item()
+            for side in ("above", "below"):
+                if f"trust_region/ratio_{side}_std" not in scalars:
+                    why = f"needs a ratio {side} the clip range, its std two; not logged in iterations without"
+                    run.say_once(f"trust_region/ratio_{side}_* {why}")
+            del after
+            scalars["time/rollout"] = update_start - rollout_start
+            scalars["time/update"] = update_time
+            scalars["time/diagnostics"] = time.time() - diagnostics_start
+            shown["rank"] = scalars["representation/after/actor/pca_rank"]
+            shown["dead"] = scalars["representation/after/actor/dead_units"]
+        del before, batch, transitions
+
+        scalars["charts/learning_rate"] = learning_rate(iteration, args)
+        scalars["charts/SPS"] = iteration * B / (time.time() - start_time)
+        scalars["charts/FPS"] = scalars["charts/SPS"] * args.frame_skip
+        run.log(scalars, global_step)
+        if recent_returns:
+            shown["return"] = np.mean(recent_returns)
+        run.progress(global_step, **shown)
+        if diagnosed:
+            run.report(global_step, **shown)
+        if iteration in checkpoints:
+            checkpoint(iteration)
+        if iteration in evaluations:
+            seeds = np.random.SeedSequence([args.seed, global_step]).generate_state(args.eval_episodes) // 2
+            for kind in ("sampled", "greedy"):
+                video = run.folder / "videos" / f"{global_step}-{kind}.mp4" if args.capture_video else None
+                results = evaluate(agent, args, device, seeds.tolist(), kind == "greedy", video)
+                names = ("episodic_return", "episodic_length")
+                run.log({f"eval/{kind}/{name}": x.mean() for name, x in zip(names, results, strict=True)}, global_step)
+                run.say(f"evaluation, {kind}: mean return {results[0].mean():.1f} of {args.eval_episodes} games")
+                if video:
+                    run.log_video(f"eval/{kind}/video", video, global_step)
+        obs[0] = obs[-1]
+
+    envs.close()
+    run.close()
