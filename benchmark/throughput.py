@@ -1,6 +1,6 @@
 """How close a training script comes to the arithmetic limit of the machine.
 
-    python benchmark/throughput.py ppo_pfo_atari.py --rounds 3 --cores 0 1 -- --diagnostics-interval 33
+    python -m benchmark.throughput ppo_pfo_atari.py --rounds 3 --cores 0 1 -- --diagnostics-interval 33
 
 Runs the script (with what stands behind ``--``) and a 2048 x 2048 float32 matrix product in turn, each in a process of
 its own on the same cores, and prints the agent steps a second of each round, the rate of the product, and the share of
@@ -22,10 +22,9 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from common.run import check_range, fail, parse_args
 
-from common.run import check_range, fail, parse_args  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 PRODUCT = """
 import statistics, time, torch

@@ -123,9 +123,8 @@ def test_every_tag_is_logged(finished):
 
 def test_returns_are_logged_once_a_game(tmp_path):
     """Some games of the real thing: one point each, at the frame in which it ended, and their mean at the iteration."""
-    _, run = run_script(
-        "ppo_pfo_atari", tmp_path, *TINY[:-4], "--total-timesteps", "9600", "--env-id", "ALE/Breakout-v5"
-    )
+    flags = ["--total-timesteps", "9600", "--env-id", "ALE/Breakout-v5", "--diagnostics-interval", "50"]
+    _, run = run_script("ppo_pfo_atari", tmp_path, *TINY[:-4], *flags)
     scalars = scalars_of(run)
     returns, lengths = scalars["charts/episodic_return"], scalars["charts/episodic_length"]
     assert len(returns) >= 2 and [step for step, _ in returns] == [step for step, _ in lengths]
@@ -306,14 +305,15 @@ def test_runs_folder_that_is_a_file_is_refused(tmp_path):
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="gives up root's rights, which only root can")
 def test_unwritable_runs_folder_is_refused_as_user(tmp_path):
     (tmp_path / "runs").mkdir(mode=0o555)
-    code = f"import os, sys; os.setuid(65534); sys.path.insert(0, {str(ROOT)!r})\n"
-    code += "from types import SimpleNamespace as S\nimport dataclasses\nfrom common.run import Run\n"
-    code += (
-        "A = dataclasses.make_dataclass('A', ['env_id', 'exp_name', 'seed', 'track'])\nRun(A('E-v5', 'x', 1, False), 1)"
-    )
     tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:3]:
-        parent.chmod(parent.stat().st_mode | 0o055)
+    code = f"""
+import dataclasses, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from common.run import Run
+os.setuid(65534)
+Args = dataclasses.make_dataclass("Args", ["env_id", "exp_name", "seed", "track"])
+Run(Args("E-v5", "x", 1, False), total_steps=1)
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: runs/E-v5__x__1__"), done.stderr
     assert "writable" in done.stderr and done.stderr.count("\n") == 1

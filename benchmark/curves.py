@@ -1,0 +1,72 @@
+"""Draws what matters of some runs of one setting over training: a line for each run.
+
+python -m benchmark.curves runs/Phoenix-v5__ppo_pfo_atari__* --output curves.png
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from common.run import fail, parse_args
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PANELS = (
+    ("charts/episodic_return", "return, mean of 30 games"),
+    ("representation/after/actor/pca_rank", "PCA rank of the policy's features"),
+    ("representation/after/actor/dead_units", "dead units of the policy, of 512"),
+    ("representation/before/actor/preactivation_norm", "norm of the policy's pre-activations"),
+    ("trust_region/excess_ratio", "excess ratio, mean of 10 rollouts"),
+    ("losses/entropy", "entropy of the policy in nats"),
+)
+AVERAGED = {"charts/episodic_return": 30, "trust_region/excess_ratio": 10}
+# Okabe and Ito's palette, which the colour-blind can tell apart; the line styles serve a print in grey.
+COLOURS, STYLES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), ("-", "--", ":", "-.")
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """folders of the runs"""
+    output: Path = Path("curves.png")
+    """the PNG to write"""
+    title: str = ""
+    """title of the figure; empty is the runs' common name"""
+
+
+def moving_average(values, width):
+    """Mean of the last ``width`` values, or of as many as there are."""
+    total = np.concatenate([[0], np.cumsum(values)])
+    last = np.arange(1, len(values) + 1)
+    first = np.maximum(last - width, 0)
+    return (total[last] - total[first]) / (last - first)
+
+
+if __name__ == "__main__":
+    args = parse_args(Args)
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    for i, run in enumerate(args.runs):
+        if not list(run.glob("events.out.tfevents.*")):
+            fail(f"{run}: must be a run's folder, with an event file in it")
+        events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+        for axis, (tag, label) in zip(axes.flat, PANELS, strict=True):
+            axis.set(xlabel="environment steps (frames)", ylabel=label)
+            axis.grid(alpha=0.3)
+            if tag in events.Tags()["scalars"]:
+                steps, values = zip(*((event.step, event.value) for event in events.Scalars(tag)), strict=True)
+                style = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)], "linewidth": 1.3}
+                axis.plot(
+                    steps,
+                    moving_average(values, AVERAGED.get(tag, 1)),
+                    label=f"seed {run.name.split('__')[-2]}",
+                    **style,
+                )
+    figure.suptitle(args.title or "__".join(args.runs[0].name.split("__")[:2]))
+    axes.flat[0].legend()
+    figure.savefig(args.output, dpi=110)
+    print(args.output)
