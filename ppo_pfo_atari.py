@@ -50,8 +50,7 @@ class Args:
     wandb_mode: Literal["online", "offline"] = "online"
     """offline writes a W&B run into the run's folder, to be uploaded with `wandb sync`"""
     diagnostics_interval: int = 0
-    """iterations between two measurements of ranks, dead units and ratios; 0 stands for 0.1 % of the run (33 in 100 M
-    frames); the first and the last iteration always have them"""
+    """iterations between measurements of ranks, dead units and ratios; 0 is 0.1 % of the run (33 in 100 M frames)"""
     eval_episodes: int = 0
     """episodes of each evaluation, with sampled and with greedy actions, at the end of the run; 0 is no evaluation"""
     eval_interval: float = 0.0
@@ -117,7 +116,7 @@ class Args:
 
     # Interventions
     pfo_coef: float = 1.0
-    """coefficient of PFO on the actor, 0 is plain PPO; the paper uses 1 for the last layer and 10 for all layers"""
+    """coefficient of PFO on the actor (the paper: 1 on the last layer, 10 on all), 0 is plain PPO; clip has no size"""
     pfo_layers: Literal["last", "all"] = "last"
     """hold the last hidden layer, or all hidden layers concatenated"""
     pfo_on: Literal["preactivations", "features"] = "preactivations"
@@ -125,8 +124,7 @@ class Args:
     pfo_distance: Literal["l2", "cosine"] = "l2"
     """mean squared difference, or the negative cosine similarity, to what the rollout recorded"""
     pfo_mode: Literal["regularize", "clip"] = "regularize"
-    """add the distance to the loss, or take the policy gradient from samples beyond --pfo-limit (whatever the size of
-    --pfo-coef above 0)"""
+    """regularize adds the distance to the loss; clip takes the policy gradient from samples out of trust"""
     pfo_limit: float = 0.1
     """a sample is out of trust when its features' l2 distance exceeds this, or their cosine is below 1 minus this"""
     critic_pfo_coef: float = 0.0
@@ -148,13 +146,11 @@ class Args:
     adam_beta2: float = 0.999
     """Adam's decay of the second moment; the paper's intervention is 0.9"""
     kl_coef: float = 0.0
-    """initial coefficient of an adaptive KL penalty, 0 is none; the paper's code starts at 1, with
-    --no-clip-objective"""
+    """initial coefficient of an adaptive KL penalty, 0 is none (the paper's code: 1, with --no-clip-objective)"""
     kl_target: float = 0.01
     """the penalty doubles when the last epoch's mean KL exceeds 1.5 times this and halves below this over 1.5"""
     target_kl: float = 0.0
-    """end the update phase after the first minibatch whose KL exceeds this, 0 is never; the paper's code uses 0.01,
-    with --no-clip-objective"""
+    """end an update phase after the first minibatch whose KL exceeds this, 0 is never (the paper's code: 0.01)"""
 
     # Filled in from the above
     batch_size: int = field(init=False)

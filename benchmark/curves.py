@@ -15,6 +15,7 @@ from common.run import fail, parse_args
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter
 
 PANELS = (
     ("charts/episodic_return", "return, mean of 30 games"),
@@ -56,6 +57,7 @@ if __name__ == "__main__":
         events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
         for axis, (tag, label) in zip(axes.flat, PANELS, strict=True):
             axis.set(xlabel="environment steps (frames)", ylabel=label)
+            axis.xaxis.set_major_formatter(EngFormatter())
             axis.grid(alpha=0.3)
             if tag in events.Tags()["scalars"]:
                 steps, values = zip(*((event.step, event.value) for event in events.Scalars(tag)), strict=True)

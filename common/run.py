@@ -87,11 +87,9 @@ def keep_freed_memory():
 
 
 def milestones(num_iterations, share):
-    """The iterations (of 1 … num_iterations) that end each ``share`` of a run, the last one included; 0 gives none."""
-    if not share:
-        return set()
-    count = math.floor(1 / share + 1e-9)
-    return {max(1, round(k * share * num_iterations)) for k in range(1, count + 1)} | {num_iterations}
+    """The iterations (of 1 … num_iterations) that end each ``share`` of a run, the last one included."""
+    step = max(share * num_iterations, 1)
+    return {round(k * step) for k in range(1, int(num_iterations / step + 1e-9) + 1)} | {num_iterations}
 
 
 def git_revision():
