@@ -8,6 +8,7 @@ import difflib
 import math
 import os
 import shutil
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -36,9 +37,9 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto takes CUDA, then MPS, then the CPU"""
     torch_deterministic: bool = False
-    """only deterministic kernels, slower on CUDA; on a CPU runs repeat bit for bit without it"""
+    """use deterministic kernels alone; it is slower on CUDA, and on a CPU runs repeat bit for bit without it"""
     compile: bool = False
-    """run the policy and the losses through torch.compile (on CUDA as CUDA graphs); it takes a minute to start"""
+    """run policy, losses and gradients through torch.compile (on CUDA as CUDA graphs); it takes a minute to start"""
 
     # Logging
     track: bool = False
@@ -50,7 +51,7 @@ class Args:
     wandb_mode: Literal["online", "offline"] = "online"
     """offline writes a W&B run into the run's folder, to be uploaded with `wandb sync`"""
     diagnostics_interval: int = 0
-    """iterations between measurements of ranks, dead units and ratios; 0 is 0.1 % of the run (33 in 100 M frames)"""
+    """iterations between diagnostics, besides the first and the last one; 0 is 0.1 % of the run (33 in 100 M frames)"""
     eval_episodes: int = 0
     """episodes of each evaluation, with sampled and with greedy actions, at the end of the run; 0 is no evaluation"""
     eval_interval: float = 0.0
@@ -64,7 +65,7 @@ class Args:
     frame_skip: int = 3
     """emulator frames for which an action is repeated (CleanRL: 4)"""
     repeat_action_probability: float = 0.25
-    """probability that the emulator repeats the previous action instead, sticky actions (CleanRL: 0)"""
+    """sticky actions: probability that the emulator repeats the previous action instead (CleanRL: 0)"""
     noop_max: int = 0
     """most no-op frames after a reset (CleanRL: 30); envpool's least is one, which 0 becomes"""
     fire_reset: bool = False
@@ -96,7 +97,7 @@ class Args:
     norm_adv: bool = True
     """normalise advantages in each minibatch"""
     clip_coef: float = 0.1
-    """epsilon, by which the ratio may differ from 1 before its gradient is cut"""
+    """epsilon: ratios beyond 1 - epsilon and 1 + epsilon give no further gradient"""
     clip_objective: bool = True
     """PPO's clipped objective; off is the plain surrogate, to go with --kl-coef or --target-kl"""
     clip_vloss: bool = False
@@ -116,7 +117,7 @@ class Args:
 
     # Interventions
     pfo_coef: float = 1.0
-    """coefficient of PFO on the actor (the paper: 1 on the last layer, 10 on all), 0 is plain PPO; clip has no size"""
+    """coefficient of PFO on the actor (the paper: 1 on the last layer, 10 on all), 0 is plain PPO"""
     pfo_layers: Literal["last", "all"] = "last"
     """hold the last hidden layer, or all hidden layers concatenated"""
     pfo_on: Literal["preactivations", "features"] = "preactivations"
@@ -124,9 +125,9 @@ class Args:
     pfo_distance: Literal["l2", "cosine"] = "l2"
     """mean squared difference, or the negative cosine similarity, to what the rollout recorded"""
     pfo_mode: Literal["regularize", "clip"] = "regularize"
-    """regularize adds the distance to the loss; clip takes the policy gradient from samples out of trust"""
+    """regularize adds the distance to the loss; clip drops the policy gradient of samples out of trust instead"""
     pfo_limit: float = 0.1
-    """a sample is out of trust when its features' l2 distance exceeds this, or their cosine is below 1 minus this"""
+    """a sample is out of trust if the held layer's l2 distance exceeds this, or its cosine is below 1 minus this"""
     critic_pfo_coef: float = 0.0
     """coefficient of PFO on the critic; 0 leaves the critic alone, as the paper does"""
     critic_pfo_layers: Literal["last", "all"] = "last"
@@ -136,7 +137,7 @@ class Args:
     critic_pfo_distance: Literal["l2", "cosine"] = "l2"
     """as --pfo-distance, for the critic"""
     critic_pfo_mode: Literal["regularize", "clip"] = "regularize"
-    """as --pfo-mode, for the critic, whose value gradient is taken"""
+    """as --pfo-mode, for the critic and its value gradient"""
     critic_pfo_limit: float = 0.1
     """as --pfo-limit, for the critic"""
     reset_optimizer: bool = False
@@ -148,7 +149,7 @@ class Args:
     kl_coef: float = 0.0
     """initial coefficient of an adaptive KL penalty, 0 is none (the paper's code: 1, with --no-clip-objective)"""
     kl_target: float = 0.01
-    """the penalty doubles when the last epoch's mean KL exceeds 1.5 times this and halves below this over 1.5"""
+    """the penalty doubles where the last epoch's mean KL exceeds 1.5 x this, and halves where it is below this / 1.5"""
     target_kl: float = 0.0
     """end an update phase after the first minibatch whose KL exceeds this, 0 is never (the paper's code: 0.01)"""
 
@@ -167,19 +168,24 @@ def check_args(args):
     if args.env_id.lower() not in games:
         nearest = difflib.get_close_matches(args.env_id.lower().removesuffix("-v5") + "-v5", games, n=3, cutoff=0.3)
         nearest = ", ".join(games[name] for name in nearest or ("breakout-v5", "phoenix-v5", "qbert-v5"))
-        fail(f"--env-id {args.env_id}: must be one of envpool's {len(games)} Atari games, as {nearest}")
+        fail(f"--env-id {args.env_id}: must be one of envpool's {len(games)} Atari games; nearest: {nearest}")
     args.env_id = games[args.env_id.lower()]
-    check_range(args, "num_envs num_steps minibatch_size update_epochs total_timesteps", low=1)
+    check_range(args, "num_envs num_steps minibatch_size update_epochs", low=1, high=100_000)
+    check_range(args, "num_envs", high=1024)
+    check_range(args, "total_timesteps", low=1, high=10**12)
     check_range(args, "frame_skip", low=1, high=1000)
     check_range(args, "seed", low=0, high=2**31 - 1)
     check_range(args, "noop_max", low=0, high=1000)
-    check_range(args, "diagnostics_interval eval_episodes", low=0)
-    check_range(args, "learning_rate max_grad_norm adam_eps clip_coef kl_target", above=0)
-    check_range(args, "pfo_limit critic_pfo_limit", above=0)
-    check_range(args, "ent_coef vf_coef pfo_coef critic_pfo_coef kl_coef target_kl", low=0)
+    check_range(args, "diagnostics_interval", low=0, high=10**9)
+    check_range(args, "eval_episodes", low=0, high=1024)
+    check_range(args, "learning_rate max_grad_norm adam_eps clip_coef kl_target", above=0, high=1e6)
+    check_range(args, "pfo_limit critic_pfo_limit", above=0, high=1e6)
+    check_range(args, "ent_coef vf_coef pfo_coef critic_pfo_coef kl_coef target_kl", low=0, high=1e6)
     check_range(args, "gamma gae_lambda repeat_action_probability eval_interval", low=0, high=1)
     check_range(args, "adam_beta1 adam_beta2", low=0, below=1)
     args.batch_size = args.num_envs * args.num_steps
+    if args.batch_size == 1:
+        fail("--num-steps 1: must make rollouts of at least 2 transitions, with more steps or --num-envs")
     if args.batch_size % args.minibatch_size:
         fail(f"--minibatch-size {args.minibatch_size}: must divide num_envs x num_steps = {args.batch_size}")
     args.num_iterations = args.total_timesteps // (args.batch_size * args.frame_skip)
@@ -195,8 +201,9 @@ def check_args(args):
     if (args.capture_video or args.eval_interval) and not args.eval_episodes:
         flag = "--capture-video" if args.capture_video else f"--eval-interval {args.eval_interval}"
         fail(f"{flag}: needs --eval-episodes of at least 1")
-    if args.compile and not shutil.which(os.environ.get("CXX", "c++")):
-        fail("--compile: torch.compile needs a C++ compiler on the PATH (or in CXX), and none is there")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if args.compile and not shutil.which(compiler):
+        fail(f"--compile: torch.compile needs a C++ compiler, and {compiler} is not there; CXX may name another one")
 
 
 def make_envs(args, num_envs, seeds, **kwargs):
@@ -216,28 +223,15 @@ def make_envs(args, num_envs, seeds, **kwargs):
 
 
 class NetworkOutput(NamedTuple):
-    """What one forward pass of a network gives."""
+    """What a forward pass gives: the output, and the hidden layers for the diagnostics and PFO."""
 
     output: Tensor  # (N, num_outputs) logits or value
     features: Tensor  # (N, 512) last hidden layer after its activation
-    preactivations: list[Tensor]  # of every hidden layer before its activation: (N, 32, 20, 20), …, (N, 512)
-
-
-class Hidden(NamedTuple):
-    """What is kept of a network's hidden layers, to be measured and for PFO."""
-
-    features: Tensor  # (N, 512) last hidden layer after its activation
     preactivations: Tensor  # (N, 512) the same before its activation
-    all_preactivations: Tensor | None  # (N, 21632) of all hidden layers, concatenated; None where not needed
+    all_preactivations: Tensor | None  # (N, 21632) of all hidden layers, concatenated; None unless asked for
 
     def map(self, function):
-        return Hidden(*(None if x is None else function(x) for x in self))
-
-
-def hidden(network, all_layers):
-    """The Hidden of a NetworkOutput, with all layers' pre-activations if ``all_layers``."""
-    everything = torch.cat([layer.flatten(1) for layer in network.preactivations], dim=1) if all_layers else None
-    return Hidden(network.features, network.preactivations[-1], everything)
+        return NetworkOutput(*(None if x is None else function(x) for x in self))
 
 
 def init_layer(layer, std, args):
@@ -264,13 +258,14 @@ class Network(nn.Module):
         self.output = init_layer(nn.Linear(512, num_outputs), output_std, args)
         self.activation = getattr(nn, args.activation)()
 
-    def forward(self, x):  # (N, 4, 84, 84) in [0, 1]
+    def forward(self, x, all_layers):  # (N, 4, 84, 84) in [0, 1]
         preactivations = []
         for layer in self.hidden:
             x = x.flatten(1) if isinstance(layer, nn.Linear) else x
             preactivations.append(layer(x))
             x = self.activation(preactivations[-1])
-        return NetworkOutput(self.output(x), x, preactivations)
+        everything = torch.cat([layer.flatten(1) for layer in preactivations], dim=1) if all_layers else None
+        return NetworkOutput(self.output(x), x, preactivations[-1], everything)
 
 
 class Agent(nn.Module):
@@ -282,18 +277,23 @@ class Agent(nn.Module):
         self.critic = Network(1, 1.0, args)
 
     def scale(self, obs):
-        # Channels come last in storage: seen as (N, 4, 84, 84) this is the layout that convolutions are fastest in.
-        return obs.permute(0, 3, 1, 2) / 255  # (N, 84, 84, 4) uint8 to float32
+        # Images are stored with their channels last, and so seen by the convolutions, which are faster so.
+        return obs.permute(0, 3, 1, 2) / 255  # (N, 84, 84, 4) uint8 to (N, 4, 84, 84) float32
 
-    def policy(self, obs):
-        return self.actor(self.scale(obs))
+    def policy(self, obs, all_layers=False):
+        return self.actor(self.scale(obs), all_layers)
 
-    def value(self, obs):
-        return self.critic(self.scale(obs))
+    def value(self, obs, all_layers=False):
+        return self.critic(self.scale(obs), all_layers)
 
-    def forward(self, obs):
+    def forward(self, obs, all_layers=False):
         x = self.scale(obs)
-        return self.actor(x), self.critic(x)
+        return self.actor(x, all_layers), self.critic(x, all_layers)
+
+
+def sample(logits, noise):
+    """Actions (N,) of the policy with ``logits`` (N, A), drawn by ``noise`` (N, A) from an exponential distribution."""
+    return (logits - noise.log()).argmax(1)  # Gumbel's trick: −log of an exponential variable is a Gumbel one
 
 
 class Rollout(NamedTuple):
@@ -302,31 +302,30 @@ class Rollout(NamedTuple):
     actions: Tensor  # int64
     rewards: Tensor
     dones: Tensor  # 1 where the step ended an episode, by a time limit too
-    logits: Tensor  # (…, num_actions)
-    hidden: Hidden  # of the actor
+    policy: NetworkOutput  # as it acted
 
 
-def rollout(envs, act, obs, noise, running, all_layers):
+def rollout(envs, policy, obs, noise, running, all_layers):
     """Step each environment ``len(noise)`` times from ``obs[0]`` on; returns a Rollout and the games that ended.
 
-    envs: a synchronous envpool. ``act(obs, noise)`` gives actions and the policy's NetworkOutput.
+    envs: a synchronous envpool. ``policy(obs, all_layers)`` gives a NetworkOutput.
     obs: (num_steps + 1, num_envs, 84, 84, 4) uint8 on the training device, filled from index 1.
     noise: (num_steps, num_envs, num_actions), from which the actions are sampled.
     running: (2, num_envs) return and length so far of the games in progress, carried on from rollout to rollout.
     The games that ended: tuples of the agent steps into the rollout, raw return and length in agent steps.
     """
     num_steps, num_envs = noise.shape[:2]
-    staging = torch.empty((num_envs, 4, 84, 84), dtype=torch.uint8, pin_memory=True) if obs.is_cuda else None
+    # Pinned, the copy to a CUDA device need not be waited for; MPS is not safe with such copies.
+    staging = torch.empty((num_envs, 84, 84, 4), dtype=torch.uint8, pin_memory=obs.is_cuda)
     rewards, dones = np.zeros((2, num_steps, num_envs), dtype=np.float32)
-    kept, kept_hidden, games = [], [], []
+    actions = torch.empty((num_steps, num_envs), dtype=torch.int64, device=obs.device)
+    outputs, games = [], []
     for step in range(num_steps):
-        torch.compiler.cudagraph_mark_step_begin()
-        actions, policy = act(obs[step], noise[step])
         # Cloned, since a CUDA graph writes its next results over these.
-        kept.append((actions.clone(), policy.output.clone()))
-        kept_hidden.append(hidden(policy, all_layers).map(torch.clone))
+        outputs.append(policy(obs[step], all_layers).map(torch.clone))
+        actions[step] = sample(outputs[-1].output, noise[step])
 
-        next_obs, rewards[step], terminated, truncated, info = envs.step(actions.cpu().numpy())
+        next_obs, rewards[step], terminated, truncated, info = envs.step(actions[step].cpu().numpy())
         dones[step] = done = terminated | truncated
         running += np.stack([info["reward"], np.ones(num_envs)])
         game_over = info["terminated"].astype(bool) | truncated  # a lost life is not the end of a game
@@ -339,13 +338,11 @@ def rollout(envs, act, obs, noise, running, all_layers):
         if done.any():
             ended = np.flatnonzero(done).astype(np.int32)
             next_obs[ended] = envs.step(np.zeros_like(ended), ended)[0]
-        images = torch.from_numpy(next_obs)
-        images = images if staging is None else staging.copy_(images)
-        obs[step + 1].copy_(images.permute(0, 2, 3, 1), non_blocking=True)
-    actions, logits = (torch.stack(x) for x in zip(*kept, strict=True))
+        staging.copy_(torch.from_numpy(next_obs).permute(0, 2, 3, 1))
+        obs[step + 1].copy_(staging, non_blocking=obs.is_cuda)
     rewards, dones = (torch.from_numpy(x).to(obs.device) for x in (rewards, dones))
-    seen = Hidden(*(None if x[0] is None else torch.stack(x) for x in zip(*kept_hidden, strict=True)))
-    return Rollout(actions, rewards, dones, logits, seen), games
+    outputs = NetworkOutput(*(None if x[0] is None else torch.stack(x) for x in zip(*outputs, strict=True)))
+    return Rollout(actions, rewards, dones, outputs), games
 
 
 def gae(rewards, values, next_values, dones, gamma, gae_lambda):
@@ -360,9 +357,11 @@ def gae(rewards, values, next_values, dones, gamma, gae_lambda):
     return advantages, advantages + values
 
 
-def pfo_input(hidden, layers, on):
-    """What PFO holds of a Hidden: (N, D)."""
-    return hidden.features if on == "features" else getattr(hidden, "all_preactivations" if layers == "all" else on)
+def pfo_input(network, layers, on):
+    """The layer of a NetworkOutput that PFO holds, (N, D)."""
+    if on == "features":
+        return network.features
+    return network.all_preactivations if layers == "all" else network.preactivations
 
 
 def feature_distance(new, old, distance, limit):
@@ -440,34 +439,44 @@ def critic_loss(newvalue, held, mb, args):
     return loss, {"value_loss": v_loss, "pfo_critic": pfo_critic}
 
 
-LOGGED = (
-    *("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac"),
-    *("pfo_actor", "pfo_critic", "pfo_out_of_trust", "kl", "actor_grad_norm", "critic_grad_norm"),
-)
-
-
 def losses(agent, mb, kl_coef, args):
-    """Both losses on a minibatch, and what is logged of them by name."""
-    policy, value = agent(mb["obs"])
-    held = pfo_input(hidden(policy, args.pfo_layers == "all"), args.pfo_layers, args.pfo_on)
-    critic_held = pfo_input(hidden(value, args.critic_pfo_layers == "all"), args.critic_pfo_layers, args.critic_pfo_on)
+    """The sum of both losses on a minibatch, and what is logged of them by name."""
+    policy, value = agent(mb["obs"], "all" in (args.pfo_layers, args.critic_pfo_layers))
+    held = pfo_input(policy, args.pfo_layers, args.pfo_on)
+    critic_held = pfo_input(value, args.critic_pfo_layers, args.critic_pfo_on)
     a_loss, a_logged = actor_loss(policy.output, held, mb, kl_coef, args)
     c_loss, c_logged = critic_loss(value.output.squeeze(1), critic_held, mb, args)
     return a_loss + c_loss, {name: x.detach() for name, x in {**a_logged, **c_logged}.items()}
 
 
-def update(agent, losses, actor_optimizer, critic_optimizer, mb, kl_coef, args):
-    """One gradient step on a minibatch; returns LOGGED, (len(LOGGED),), without waiting for the device."""
-    torch.compiler.cudagraph_mark_step_begin()
+def make_optimizers(agent, args):
+    """Adam for the actor and Adam for the critic."""
+    adam = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps, "fused": True}
+    return torch.optim.Adam(agent.actor.parameters(), **adam), torch.optim.Adam(agent.critic.parameters(), **adam)
+
+
+def update(agent, losses, optimizers, mb, kl_coef, args):
+    """One gradient step on a minibatch; returns what is logged by name, without waiting for the device."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
     loss, logged = losses(agent, mb, kl_coef, args)
-    actor_optimizer.zero_grad()
-    critic_optimizer.zero_grad()
     loss.backward()
     logged["actor_grad_norm"] = nn.utils.clip_grad_norm_(agent.actor.parameters(), args.max_grad_norm)
     logged["critic_grad_norm"] = nn.utils.clip_grad_norm_(agent.critic.parameters(), args.max_grad_norm)
-    actor_optimizer.step()
-    critic_optimizer.step()
-    return torch.stack([logged[name] for name in LOGGED])
+    for optimizer in optimizers:
+        optimizer.step()
+    return logged
+
+
+def compiled(function, device):
+    """``function`` through torch.compile with static shapes, on CUDA as CUDA graphs."""
+    fast = torch.compile(function, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
+
+    def call(*args):
+        torch.compiler.cudagraph_mark_step_begin()  # what the last call returned may be written over
+        return fast(*args)
+
+    return call
 
 
 def learning_rate(iteration, args):
@@ -479,8 +488,12 @@ def learning_rate(iteration, args):
 
 
 def adapted_kl_coef(kl_coef, kl, args):
-    """The KL penalty's coefficient after an update phase whose last epoch had the mean KL ``kl``."""
-    return kl_coef * (2 if kl > 1.5 * args.kl_target else 0.5 if kl < args.kl_target / 1.5 else 1)
+    """The KL penalty's coefficient after an update phase whose last epoch had the mean KL ``kl``.
+
+    It stays within 1e-6 and 1e6: beyond, a float would vanish or overflow in a long run and never come back.
+    """
+    factor = 2 if kl > 1.5 * args.kl_target else 0.5 if kl < args.kl_target / 1.5 else 1
+    return min(max(kl_coef * factor, 1e-6), 1e6)
 
 
 def flat_weights(network):
@@ -490,41 +503,38 @@ def flat_weights(network):
 def diagnose(before, after, actions, args):
     """The representation and trust region measures of a rollout, by tag.
 
-    before, after: dicts of the rollout's N transitions as the networks at the update phase's two ends see them:
-    logits (N, num_actions), value (N,), and the Hidden of ``actor`` and ``critic``. actions: (N,).
+    before, after: the NetworkOutput of actor and critic, by these names, for the rollout's N transitions at the two
+    ends of the update phase, with all layers. actions: (N,).
     """
     tags = {}
-    for when, seen in (("before", before), ("after", after)):
-        probs = seen["logits"].softmax(1)
-        tags[f"representation/{when}/policy_variance"] = policy_variance(probs)
-        tags[f"representation/{when}/entropy"] = -(probs * seen["logits"].log_softmax(1)).sum(1).mean()
-        tags[f"representation/{when}/value_mean"] = seen["value"].mean()
-        tags[f"representation/{when}/value_std"] = seen["value"].std()
-        for network in ("actor", "critic"):
-            layers = seen[network]
+    for when, networks in (("before", before), ("after", after)):
+        logits, value = networks["actor"].output, networks["critic"].output
+        tags[f"representation/{when}/policy_variance"] = policy_variance(logits.softmax(1))
+        tags[f"representation/{when}/entropy"] = -(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
+        tags[f"representation/{when}/value_mean"] = value.mean()
+        tags[f"representation/{when}/value_std"] = value.std()
+        for name, network in networks.items():
             measures = {
-                **feature_ranks(layers.features),
-                "dead_units": dead_units(layers.features, args.activation),
-                "dormant_fraction": dormant_fraction(layers.features),
-                **feature_stats(layers.features),
-                "preactivation_norm": mean_norm(layers.preactivations),
-                "all_preactivation_norm": mean_norm(layers.all_preactivations),
+                **feature_ranks(network.features),
+                "dead_units": dead_units(network.features, args.activation),
+                "dormant_fraction": dormant_fraction(network.features),
+                **feature_stats(network.features),
+                "preactivation_norm": mean_norm(network.preactivations),
+                "all_preactivation_norm": mean_norm(network.all_preactivations),
             }
-            tags.update({f"representation/{when}/{network}/{name}": x for name, x in measures.items()})
+            tags.update({f"representation/{when}/{name}/{measure}": x for measure, x in measures.items()})
     for tag in [tag for tag in tags if tag.startswith("representation/after/")]:
         if tag.endswith(("rank", "dead_units", "norm", "policy_variance")):
-            change = tags[tag] - tags[tag.replace("/after/", "/before/")]
-            tags[tag.replace("/after/", "/delta/")] = change
+            tags[tag.replace("/after/", "/delta/")] = tags[tag] - tags[tag.replace("/after/", "/before/")]
 
-    logratio = after["logits"].log_softmax(1) - before["logits"].log_softmax(1)
-    logratio = logratio.gather(1, actions.unsqueeze(1)).squeeze(1)
+    logits, new_logits = before["actor"].output, after["actor"].output
+    logratio = (new_logits.log_softmax(1) - logits.log_softmax(1)).gather(1, actions.unsqueeze(1)).squeeze(1)
     tags.update({f"trust_region/{name}": x for name, x in ratio_stats(logratio, args.clip_coef).items()})
-    tags["trust_region/kl"] = categorical_kl(before["logits"], after["logits"]).mean()
-    for network in ("actor", "critic"):
-        names = ("feature", "preactivation", "all_preactivation")
-        for layer, old, new in zip(names, before[network], after[network], strict=True):
-            drift = feature_drift(old, new)
-            tags.update({f"trust_region/{network}_{layer}_{name}": x for name, x in drift.items()})
+    tags["trust_region/kl"] = categorical_kl(logits, new_logits).mean()
+    for name in ("actor", "critic"):
+        for layer in ("features", "preactivations", "all_preactivations"):
+            drift = feature_drift(getattr(before[name], layer), getattr(after[name], layer))
+            tags.update({f"trust_region/{name}_{layer[:-1]}_{distance}": x for distance, x in drift.items()})
     return {tag: float(x) for tag, x in tags.items()}
 
 
@@ -549,7 +559,7 @@ def evaluate(agent, args, device, seeds, greedy, video=None):
                 film.append_data(envs.render(env_ids=[0])[0])
             logits = agent.policy(torch.from_numpy(obs).to(device).permute(0, 2, 3, 1)).output
             noise = torch.empty_like(logits).exponential_(generator=generator)
-            actions = (logits if greedy else logits - noise.log()).argmax(1)
+            actions = logits.argmax(1) if greedy else sample(logits, noise)
             obs, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy(), playing)
             returns[playing] += rewards
             lengths[playing] += 1
@@ -583,28 +593,19 @@ if __name__ == "__main__":
     num_actions = int(envs.action_space.n)
 
     # Networks
-    agent = Agent(num_actions, args).to(device, memory_format=torch.channels_last)
-    adam = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps}
-    actor_optimizer = torch.optim.Adam(agent.actor.parameters(), **adam, fused=True)
-    critic_optimizer = torch.optim.Adam(agent.critic.parameters(), **adam, fused=True)
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last  # MPS has had wrong results
+    agent = Agent(num_actions, args).to(device, memory_format=layout)
+    optimizers = make_optimizers(agent, args)
     kl_coef = torch.tensor(args.kl_coef, device=device)
-
-    @torch.no_grad()
-    def act(obs, noise):
-        policy = agent.policy(obs)
-        return (policy.output - noise.log()).argmax(1), policy  # Gumbel's trick: noise is exponential
-
+    act = torch.no_grad()(agent.policy)
     if args.compile:
-        mode = "reduce-overhead" if device.type == "cuda" else "default"
-        act = torch.compile(act, dynamic=False, mode=mode)
-        losses = torch.compile(losses, dynamic=False, mode=mode)
+        act, losses = compiled(act, device), compiled(losses, device)
 
     def checkpoint(iteration):
         state = {
             "script": os.path.basename(__file__),
             "agent": agent.state_dict(),
-            "actor_optimizer": actor_optimizer.state_dict(),
-            "critic_optimizer": critic_optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "kl_coef": kl_coef.item(),
             "num_actions": num_actions,
             "iteration": iteration,
@@ -633,7 +634,8 @@ if __name__ == "__main__":
         # Rollout
         rollout_start = time.time()
         noise = torch.empty((T, N, num_actions), device=device).exponential_()
-        transitions, games = rollout(envs, act, obs, noise, running, diagnosed or args.pfo_layers == "all")
+        all_layers = diagnosed or "all" in (args.pfo_layers, args.critic_pfo_layers)
+        transitions, games = rollout(envs, act, obs, noise, running, all_layers)
         for agent_steps, game_return, game_length in games:
             scalars_of_game = {"charts/episodic_return": game_return, "charts/episodic_length": game_length}
             run.log(scalars_of_game, previous_step + agent_steps * args.frame_skip)
@@ -646,23 +648,20 @@ if __name__ == "__main__":
         # Advantages, and everything flattened to (B, …)
         update_start = time.time()
         with torch.no_grad():
-            critic = agent.value(obs.flatten(0, 1))  # ((T + 1) * N, …): the rollout and the observation after it
-            values, next_values = critic.output[: T * N].view(T, N), critic.output[N:].view(T, N)
+            critic = agent.value(obs.flatten(0, 1), all_layers)  # ((T + 1) * N, …): with the observation after it
+            values = critic.output.view(T + 1, N)
             advantages, returns = gae(
-                transitions.rewards, values, next_values, transitions.dones, args.gamma, args.gae_lambda
+                transitions.rewards, values[:-1], values[1:], transitions.dones, args.gamma, args.gae_lambda
             )
         before = {
-            "logits": transitions.logits.flatten(0, 1),
-            "value": values.flatten(),
-            "actor": transitions.hidden.map(lambda x: x.flatten(0, 1)),
-            "critic": hidden(critic, diagnosed or args.critic_pfo_layers == "all").map(lambda x: x[: args.batch_size]),
+            "actor": transitions.policy.map(lambda x: x.flatten(0, 1)),
+            "critic": critic.map(lambda x: x[: T * N]),
         }
-        del critic
         batch = {
             "obs": obs[:-1].flatten(0, 1),
             "actions": transitions.actions.flatten(),
-            "logits": before["logits"],
-            "values": before["value"],
+            "logits": before["actor"].output,
+            "values": values[:-1].flatten(),
             "advantages": advantages.flatten(),
             "returns": returns.flatten(),
             "actor_held": pfo_input(before["actor"], args.pfo_layers, args.pfo_on),
@@ -670,7 +669,7 @@ if __name__ == "__main__":
         }
 
         # Update phase
-        for optimizer in (actor_optimizer, critic_optimizer):
+        for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate(iteration, args)
             if args.reset_optimizer:
                 optimizer.state.clear()
@@ -678,62 +677,66 @@ if __name__ == "__main__":
             weights = {"actor": flat_weights(agent.actor), "critic": flat_weights(agent.critic)}
         order = torch.cat([torch.randperm(B, device=device) for _ in range(args.update_epochs)])
         order = order.split(args.minibatch_size)
-        logged = torch.zeros((len(order), len(LOGGED)), device=device)
-        for i, mb_inds in enumerate(order):
+        logged = []
+        for mb_inds in order:
             mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}
-            logged[i] = update(agent, losses, actor_optimizer, critic_optimizer, mb, kl_coef, args)
-            if args.target_kl and logged[i, LOGGED.index("kl")].item() > args.target_kl:
+            stats = update(agent, losses, optimizers, mb, kl_coef, args)
+            logged.append(torch.stack(list(stats.values())))
+            if args.target_kl and stats["kl"].item() > args.target_kl:
                 break
-        updates = i + 1
+        updates = len(logged)
         # The one transfer of the update phase: what was logged by name, a list over its minibatches
-        logged = dict(zip(LOGGED, logged[:updates].T.tolist(), strict=True))
+        logged = dict(zip(stats, torch.stack(logged).T.tolist(), strict=True))
         update_time = time.time() - update_start
-        for name in ("policy_loss", "value_loss", "entropy", "actor_grad_norm", "critic_grad_norm"):
-            if not all(map(math.isfinite, logged[name])):
-                run.close(exit_code=1)
-                last = max(run.folder.glob("checkpoints/*.pt"), key=lambda path: int(path.stem))
-                fail(f"{name} is not finite in iteration {iteration}; the last good checkpoint is {last}", code=1)
-        for name in LOGGED[: LOGGED.index("kl")]:
-            scalars[f"losses/first_minibatch/{name}"] = logged[name][0]
-            scalars[f"losses/last_minibatch/{name}"] = logged[name][-1]
-            scalars[f"losses/{name}"] = logged[name][-1]
+        kl = logged.pop("kl")
+        grad_norms = {name: logged.pop(f"{name}_grad_norm") for name in ("actor", "critic")}
+        for name, over_minibatches in logged.items():
+            scalars[f"losses/first_minibatch/{name}"] = over_minibatches[0]
+            scalars[f"losses/last_minibatch/{name}"] = over_minibatches[-1]
+            scalars[f"losses/{name}"] = over_minibatches[-1]
         scalars["losses/clipfrac"] = np.mean(logged["clipfrac"])
         scalars["losses/early_stop"] = 1 - updates / len(order)
         scalars["losses/kl_coef"] = kl_coef.item()
         if args.kl_coef:
             last_epoch = (updates - 1) // (B // args.minibatch_size) * (B // args.minibatch_size)
-            kl_coef.fill_(adapted_kl_coef(kl_coef.item(), np.mean(logged["kl"][last_epoch:]), args))
+            kl_coef.fill_(adapted_kl_coef(kl_coef.item(), np.mean(kl[last_epoch:]), args))
         variance = returns.var()
         if variance > 0:
-            scalars["losses/explained_variance"] = (1 - (returns - values).var() / variance).item()
+            scalars["losses/explained_variance"] = (1 - (returns - values[:-1]).var() / variance).item()
         else:
-            run.say_once("losses/explained_variance: not logged where all returns of a rollout are equal")
+            run.say_once("losses/explained_variance is logged only where the returns of a rollout differ")
+        checked = {name: logged[name] for name in ("policy_loss", "value_loss", "entropy")}
+        for name, x in (checked | {f"{name}'s gradient norm": x for name, x in grad_norms.items()}).items():
+            if not all(map(math.isfinite, x)):
+                run.log(scalars, global_step)
+                run.close(exit_code=1)
+                fail(
+                    f"{name} is not finite in iteration {iteration}; {run.folder} has the checkpoints before it", code=1
+                )
 
         # Diagnostics of the whole rollout, by the networks as they now are
         if diagnosed:
             diagnostics_start = time.time()
             with torch.no_grad():
-                policy, value = agent(batch["obs"])
-                after = {"logits": policy.output, "value": value.output.squeeze(1)}
-                after |= {"actor": hidden(policy, True), "critic": hidden(value, True)}
-                del policy, value
+                after = dict(zip(("actor", "critic"), agent(batch["obs"], True), strict=True))
                 scalars |= diagnose(before, after, batch["actions"], args)
                 for name, network in (("actor", agent.actor), ("critic", agent.critic)):
                     new = flat_weights(network)
-                    scalars[f"optim/{name}/grad_norm"] = np.mean(logged[f"{name}_grad_norm"])
+                    scalars[f"optim/{name}/grad_norm"] = np.mean(grad_norms[name])
                     scalars[f"optim/{name}/update_norm"] = (new - weights[name]).norm().item()
                     scalars[f"optim/{name}/weight_norm"] = new.norm().item()
             for side in ("above", "below"):
                 if f"trust_region/ratio_{side}_std" not in scalars:
-                    why = f"needs a ratio {side} the clip range, its std two; not logged in iterations without"
-                    run.say_once(f"trust_region/ratio_{side}_* {why}")
+                    run.say_once(
+                        f"trust_region/ratio_{side}_* and excess_ratio need ratios {side} the clip range (a std two)"
+                    )
             del after
             scalars["time/rollout"] = update_start - rollout_start
             scalars["time/update"] = update_time
             scalars["time/diagnostics"] = time.time() - diagnostics_start
             shown["rank"] = scalars["representation/after/actor/pca_rank"]
             shown["dead"] = scalars["representation/after/actor/dead_units"]
-        del before, batch, transitions
+        del critic, before, batch, transitions
 
         scalars["charts/learning_rate"] = learning_rate(iteration, args)
         scalars["charts/SPS"] = iteration * B / (time.time() - start_time)
@@ -743,7 +746,7 @@ if __name__ == "__main__":
             shown["return"] = np.mean(recent_returns)
         run.progress(global_step, **shown)
         if diagnosed:
-            run.report(global_step, **shown)
+            run.report(global_step, scalars["charts/FPS"], **shown)
         if iteration in checkpoints:
             checkpoint(iteration)
         if iteration in evaluations:

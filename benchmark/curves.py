@@ -50,6 +50,8 @@ def moving_average(values, width):
 
 if __name__ == "__main__":
     args = parse_args(Args)
+    if not args.runs:
+        fail("RUNS: name at least one run's folder, as runs/*")
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
     for i, run in enumerate(args.runs):
         if not list(run.glob("events.out.tfevents.*")):

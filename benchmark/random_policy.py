@@ -31,7 +31,7 @@ def bootstrap_interval(values, rng, resamples=10_000):
 
 if __name__ == "__main__":
     args = parse_args(Args)
-    check_range(args, "episodes", low=1)
+    check_range(args, "episodes", low=1, high=1024)
     check_range(args, "seed", low=0, high=2**31 - 1)
     env_args = ppo_pfo_atari.Args(env_id=args.env_id)
     ppo_pfo_atari.check_args(env_args)

@@ -86,8 +86,8 @@ def steps_per_second(folder):
 
 
 if __name__ == "__main__":
-    own, _, passed = " ".join(sys.argv[1:]).partition(" -- ")
-    sys.argv[1:], passed = own.split(), passed.split()
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    passed, sys.argv = sys.argv[split + 1 :], sys.argv[:split]
     args = parse_args(Args)
     check_range(args, "rounds", low=1)
     check_range(args, "iterations", low=2)

@@ -8,6 +8,7 @@ import ctypes
 import dataclasses
 import importlib.metadata
 import io
+import itertools
 import math
 import os
 import platform
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 def fail(message, code=2):
     """Print one line and leave: exit code 2 for what the user can mend, 1 for a run that can't go on."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
@@ -38,13 +39,15 @@ def parse_args(args_class):
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-    # tyro frames its message in a box: first what is wrong, then, below a rule, help on the flag.
-    lines = [line.strip("│╭╮╰╯─ ") for line in printed.getvalue().splitlines()]
-    title, body = lines[0], " ".join(lines[1:])
-    wrong = " ".join(lines[1 : lines.index("", 1)]) if "" in lines[1:] else body
-    flags = re.findall(r"Perhaps you meant:\s+(--[\w-]+)", body)
+    # tyro frames its message: a title, what is wrong, and below a rule help on the flag.
+    title, *lines = (line.strip("│| ") for line in printed.getvalue().splitlines())
+    paragraphs = [
+        list(group) for worded, group in itertools.groupby(lines, lambda line: bool(re.search(r"\w", line))) if worded
+    ]
+    wrong = " ".join(paragraphs[0]) if paragraphs else title
+    flags = re.findall(r"Perhaps you meant:\s+(--[\w-]+)", " ".join(lines))
     hint = f"; perhaps you meant {flags[0]}" if flags else ""
-    fail(f"{wrong.rstrip('.') or title}{hint} (--help lists every flag)")
+    fail(f"{wrong.rstrip('.')}{hint} (--help lists every flag)")
 
 
 def check_range(args, names, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
@@ -56,7 +59,7 @@ def check_range(args, names, low=-math.inf, high=math.inf, above=-math.inf, belo
     allowed = " and ".join(f"{word} {bound}" for word, bound in bounds if math.isfinite(bound))
     for name in names.split():
         value = getattr(args, name)
-        if not (math.isfinite(value) and low <= value <= high and above < value < below):
+        if not (low <= value <= high and above < value < below and abs(value) != math.inf):
             fail(f"--{name.replace('_', '-')} {value}: must be {allowed or 'finite'}")
 
 
@@ -64,7 +67,7 @@ def pick_device(name):
     """The ``torch.device`` that ``--device`` names: ``auto`` takes CUDA, then MPS, then the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|mps|cuda(:(0|[1-9][0-9]?))?", name):
         fail(f"--device {name}: must be auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -77,13 +80,13 @@ def pick_device(name):
 def keep_freed_memory():
     """Have the process keep the memory that it frees, for its next tensors.
 
-    glibc hands blocks over 32 MB back to the kernel and gets them anew, page by page: on a CPU an update phase takes a
-    fifth longer so, and the diagnostics four times as long. Other C libraries are left as they are.
+    glibc hands blocks over 32 MB back to the kernel and gets them anew, page by page, which on a CPU costs more than
+    some of the arithmetic done in them. Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        if mallopt(-3, 2**30):  # M_MMAP_THRESHOLD; an old glibc refuses so much
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def milestones(num_iterations, share):
@@ -93,7 +96,10 @@ def milestones(num_iterations, share):
 
 
 def git_revision():
-    """The commit that the scripts were run from, with ``-dirty`` if they had been changed; ``unknown`` without git."""
+    """The commit that the scripts were run from, with ``-dirty`` if they had been changed.
+
+    Without git it is what GIT_REVISION in the environment says (a container has it from its build), else ``unknown``.
+    """
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
@@ -104,7 +110,7 @@ def git_revision():
             timeout=10,
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):  # no git here, or the code was copied without its repository
-        return "unknown"
+        return os.environ.get("GIT_REVISION") or "unknown"
 
 
 def library_versions():
@@ -135,9 +141,11 @@ class Run:
     """
 
     def __init__(self, args, total_steps):
-        if args.exp_name in ("", ".", "..") or re.search(r"[/\\]", args.exp_name):
-            fail(f"--exp-name {args.exp_name}: must be a plain name, to be part of a folder's name")
+        if not re.fullmatch(r"[\w.+-]+", args.exp_name):
+            fail(f"--exp-name {args.exp_name!r}: must be letters, digits and . _ + -, to be part of a folder's name")
         self.args = dataclasses.asdict(args)
+        # Read now: whoever edits the code while this runs doesn't change what was run.
+        self.origin = {"args": self.args, "versions": library_versions(), "git_revision": git_revision()}
         self.said = set()
         self.bar = None
         while True:
@@ -160,7 +168,6 @@ class Run:
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, unit="frame", unit_scale=True, dynamic_ncols=True, smoothing=0.05)
         self.total_steps = total_steps
-        self.start_time = time.time()
         self.say(f"{self.folder}")
 
     def _start_wandb(self, args):
@@ -179,7 +186,7 @@ class Run:
         try:
             tracked = wandb.init(mode=args.wandb_mode, **options)
         except wandb.errors.Error as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).partition("\n")[0]
             self.say(f"W&B can't be reached and this run is tracked offline ({reason}); `wandb sync` uploads it later")
             tracked = wandb.init(mode="offline", **options)
         tracked.define_metric("global_step")
@@ -219,17 +226,12 @@ class Run:
             self.bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
             self.bar.update(step - self.bar.n)
 
-    def report(self, step, **shown):
-        """Print the same as a line where there is no bar."""
+    def report(self, step, fps, **shown):
+        """Print the same as a line where there is no bar; ``fps`` is environment steps a second."""
         if self.bar is None:
-            elapsed = time.time() - self.start_time
-            left = tqdm.format_interval(elapsed * (self.total_steps - step) / step)
-            texts = [f"{key} {value:.4g}" for key, value in shown.items()]
-            self.say(
-                ", ".join(
-                    [f"{step:,}/{self.total_steps:,} frames", f"{step / elapsed:.0f} FPS", f"{left} left", *texts]
-                )
-            )
+            left = tqdm.format_interval((self.total_steps - step) / fps)
+            shown = "".join(f", {key} {value:.4g}" for key, value in shown.items())
+            self.say(f"{step:,}/{self.total_steps:,} frames, {fps:.0f} FPS, {left} left{shown}")
 
     def save_checkpoint(self, step, state):
         """Write ``state`` and where it comes from to ``checkpoints/{step}.pt``, all or nothing.
@@ -238,11 +240,10 @@ class Run:
         ``torch.load(path, weights_only=True)`` reads the file: opening a checkpoint never runs code.
         """
         path = self.folder / "checkpoints" / f"{step}.pt"
-        origin = {"args": self.args, "versions": library_versions(), "git_revision": git_revision()}
         unfinished = path.with_suffix(".tmp")
         try:
             with open(unfinished, "wb") as file:
-                torch.save({**state, **origin}, file)
+                torch.save({**state, **self.origin}, file)
                 file.flush()
                 os.fsync(file.fileno())  # else a crash of the machine could leave a whole name on half a file
             os.replace(unfinished, path)

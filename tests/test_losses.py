@@ -38,11 +38,7 @@ class Mlp(torch.nn.Module):
             preactivations.append(torch.nn.functional.linear(x, self.weights[f"W{i}"], self.weights[f"b{i}"]))
             x = preactivations[-1].relu()
         output = torch.nn.functional.linear(x, self.weights["W2"], self.weights["b2"])
-        return script.NetworkOutput(output, x, preactivations)
-
-
-def hidden(network):
-    return script.hidden(network, all_layers=True)
+        return script.NetworkOutput(output, x, preactivations[-1], torch.cat(preactivations, dim=1))
 
 
 def pfo_flags(variant, prefix):
@@ -83,9 +79,9 @@ def test_actor_loss_and_gradient(variant):
         "actions": golden("disc/action").argmax(1),
         "logits": before.output,
         "advantages": golden("disc/advantage_actor").squeeze(1),
-        "actor_held": script.pfo_input(hidden(before), args.pfo_layers, args.pfo_on),
+        "actor_held": script.pfo_input(before, args.pfo_layers, args.pfo_on),
     }
-    held = script.pfo_input(hidden(now), args.pfo_layers, args.pfo_on)
+    held = script.pfo_input(now, args.pfo_layers, args.pfo_on)
     loss, logged = script.actor_loss(now.output, held, mb, torch.tensor(1.0), args)
     loss.backward()
 
@@ -124,9 +120,9 @@ def test_critic_loss_and_gradient(variant):
     mb = {
         "returns": golden("disc/value_target_critic").squeeze(1),
         "values": before.output.squeeze(1),
-        "critic_held": script.pfo_input(hidden(before), args.critic_pfo_layers, args.critic_pfo_on),
+        "critic_held": script.pfo_input(before, args.critic_pfo_layers, args.critic_pfo_on),
     }
-    held = script.pfo_input(hidden(now), args.critic_pfo_layers, args.critic_pfo_on)
+    held = script.pfo_input(now, args.critic_pfo_layers, args.critic_pfo_on)
     loss, logged = script.critic_loss(now.output.squeeze(1), held, mb, args)
     loss.backward()
 
@@ -171,6 +167,73 @@ def test_adaptive_kl_coefficient():
     for kl, expected in zip(GOLDEN["adaptive_kl/kl"], GOLDEN["adaptive_kl/beta"], strict=True):
         coef = script.adapted_kl_coef(coef, float(kl), args)
         assert coef == expected
+
+
+def test_adaptive_kl_coefficient_never_vanishes_nor_overflows():
+    args = SimpleNamespace(kl_target=0.01)
+    for kl, bound in ((0.0, 1e-6), (1.0, 1e6)):
+        coef = 1.0
+        for _ in range(200):
+            coef = script.adapted_kl_coef(coef, kl, args)
+        assert coef == bound
+    assert script.adapted_kl_coef(1e-6, 1.0, args) == 2e-6
+
+
+def test_sampling_follows_the_policy():
+    """Gumbel's trick draws actions as often as the softmax says."""
+    torch.manual_seed(0)
+    logits = torch.tensor([2.0, 0.0, -1.0, 1.0])
+    actions = script.sample(logits.expand(100_000, 4), torch.empty(100_000, 4).exponential_())
+    frequencies = torch.bincount(actions, minlength=4) / 100_000
+    torch.testing.assert_close(frequencies, logits.softmax(0), rtol=0, atol=0.006)
+
+
+def test_diagnose_against_the_reference():
+    """Before and after are not confused: golden trust region measures, and the sign of every delta."""
+    obs = golden("disc/obs")
+    with torch.no_grad():
+        before, after = (
+            {"actor": Mlp(f"policy_{when}")(obs), "critic": Mlp(f"value_{when}")(obs)} for when in ("old", "new")
+        )
+    tags = script.diagnose(before, after, golden("disc/action").argmax(1), default_args(clip_coef=0.1))
+    names = {
+        "kl": "kl_dist_batch",
+        "ratio_mean": "avg_prob_ratio",
+        "ratio_above_mean": "avg_prob_ratio_above_epsilon",
+        "ratio_below_mean": "avg_prob_ratio_below_epsilon",
+        "actor_feature_l2": "features_policy_l2_batch",
+        "critic_feature_cosine": "features_value_cosine",
+        "actor_preactivation_l2": "features_preactivation_policy_l2_batch",
+        "critic_all_preactivation_l2": "all_preactivations_value_l2_batch",
+    }
+    for ours, theirs in names.items():
+        assert tags[f"trust_region/{ours}"] == pytest.approx(GOLDEN[f"disc/models_diff/eps0.1/{theirs}"], rel=1e-5)
+    assert tags["representation/before/policy_variance"] == pytest.approx(GOLDEN["disc/div/policy_variance"], rel=1e-5)
+    assert tags["representation/before/value_mean"] == pytest.approx(GOLDEN["disc/div/avg_state_value"], rel=1e-5)
+    assert tags["representation/before/value_std"] == pytest.approx(GOLDEN["disc/div/std_state_value"], rel=1e-5)
+    norm = before["critic"].preactivations.norm(dim=1).mean().item()
+    assert tags["representation/before/critic/preactivation_norm"] == pytest.approx(norm, rel=1e-6)
+    deltas = [tag for tag in tags if "/delta/" in tag]
+    assert len(deltas) == 2 * 10 + 1
+    for tag in deltas:
+        old, new = (tags[tag.replace("/delta/", f"/{when}/")] for when in ("before", "after"))
+        assert tags[tag] == pytest.approx(new - old, abs=1e-12)
+    assert any(tags[tag] for tag in deltas)
+
+
+def test_update_clips_each_network_on_its_own():
+    args = default_args(max_grad_norm=1e-3)
+    torch.manual_seed(0)
+    agent = script.Agent(4, args)
+    optimizers = script.make_optimizers(agent, args)
+    mb = {"obs": torch.randint(0, 256, (8, 84, 84, 4), dtype=torch.uint8), "actions": torch.arange(8) % 4}
+    mb |= {"logits": torch.randn(8, 4), "advantages": torch.randn(8), "returns": 50 + torch.randn(8)}
+    mb |= {"values": torch.zeros(8), "actor_held": torch.randn(8, 512), "critic_held": torch.zeros(8, 512)}
+    logged = script.update(agent, script.losses, optimizers, mb, torch.tensor(0.0), args)
+    for network, name in ((agent.actor, "actor"), (agent.critic, "critic")):
+        assert logged[f"{name}_grad_norm"] > 1e-2  # before clipping
+        after = torch.cat([p.grad.flatten() for p in network.parameters()]).norm()
+        assert after.item() == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_learning_rate_schedules():

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch)
         run.close()
 
 
-@pytest.mark.parametrize("name", ["", "..", "a/b", "../up"])
+@pytest.mark.parametrize("name", ["", "a/b", "../up", "two\nlines", "a b"])
 def test_names_that_are_no_folder_are_refused(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
@@ -86,9 +87,10 @@ def test_lines_instead_of_a_bar(run, capsys):
     run.say_once("only once")
     run.say_once("only once")
     run.progress(50, rank=3)
-    run.report(50, rank=3.14159)
+    run.report(50, fps=10, rank=3.14159)
     out = capsys.readouterr().out
-    assert out.count("only once") == 1 and "50/100 frames" in out and "rank 3.142" in out
+    assert out.count("only once") == 1
+    assert "50/100 frames, 10 FPS, 00:05 left, rank 3.142" in out
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
@@ -122,6 +124,7 @@ def test_a_bar_in_a_terminal(tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("columns", ["40", "200"])
 def test_a_wrong_command_line_costs_one_line(monkeypatch, capsys, flags, said, columns):
+    """In a narrow terminal too."""
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setattr(sys, "argv", ["script.py", *flags])
     with pytest.raises(SystemExit) as stop:
@@ -130,3 +133,18 @@ def test_a_wrong_command_line_costs_one_line(monkeypatch, capsys, flags, said, c
     assert stop.value.code == 2 and printed.out == ""
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
     assert said in printed.err and "─" not in printed.err and "│" not in printed.err
+
+
+def test_a_wrong_command_line_without_unicode():
+    """tyro frames its messages with ASCII where it must."""
+    code = "import dataclasses, sys; from common.run import parse_args\n"
+    code += "parse_args(dataclasses.make_dataclass('A', [('seed', int, 1)]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--seed", "x"],
+        cwd=Path(__file__).resolve().parent.parent,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "--seed" in done.stderr and "---" not in done.stderr and "Argument helptext" not in done.stderr

@@ -121,6 +121,15 @@ def test_every_tag_is_logged(finished):
     assert [tag for tag, points in scalars.items() if not all(math.isfinite(value) for _, value in points)] == []
 
 
+def test_the_first_minibatch_starts_where_the_rollout_was(finished):
+    """Before the first step of an update phase nothing has moved, but for the rounding of another batch size."""
+    _, _, run = finished
+    scalars = scalars_of(run)
+    for name in {"old_approx_kl", "approx_kl", "clipfrac", "pfo_actor", "pfo_critic"} & set(LOSSES):
+        assert all(abs(value) < 1e-6 for _, value in scalars[f"losses/first_minibatch/{name}"]), name
+        assert any(abs(value) > 1e-9 for _, value in scalars[f"losses/last_minibatch/{name}"]) or name == "clipfrac"
+
+
 def test_returns_are_logged_once_a_game(tmp_path):
     """Some games of the real thing: one point each, at the frame in which it ended, and their mean at the iteration."""
     flags = ["--total-timesteps", "9600", "--env-id", "ALE/Breakout-v5", "--diagnostics-interval", "50"]
@@ -162,7 +171,7 @@ def test_checkpoints(finished):
         assert state["random_states"]["cpu"].dtype == torch.uint8
         agent = script.Agent(state["num_actions"], args)
         agent.load_state_dict(state["agent"])
-    assert len(state["actor_optimizer"]["state"]) == len(list(agent.actor.parameters()))
+    assert sum(len(o["state"]) for o in state["optimizers"]) == len(list(agent.parameters()))
     assert not same(load(paths[0])["agent"], state["agent"])
 
 
@@ -185,7 +194,7 @@ def test_the_same_seed_gives_the_same_run_evaluated_or_not(finished, tmp_path):
     _, run = run_script(name, tmp_path, *TINY)
     for path in run.glob("checkpoints/*"):
         one, other = load(path), load(evaluated / "checkpoints" / path.name)
-        for key in ("agent", "actor_optimizer", "critic_optimizer", "random_states", "episodes"):
+        for key in ("agent", "optimizers", "random_states", "episodes"):
             assert same(one[key], other[key]), key
     one, other = scalars_of(run), scalars_of(evaluated)
     timed = ("time/", "charts/SPS", "charts/FPS")
@@ -205,9 +214,10 @@ def test_interventions_run(tmp_path):
     assert [value for _, value in scalars["losses/kl_coef"]] == [1, 0.5, 0.25, 0.125, 0.0625]
     rates = [value for _, value in scalars["charts/learning_rate"]]
     assert rates == pytest.approx([2.5e-4 * (1 - i / 5) for i in range(5)])
-    state = load(run / "checkpoints" / "960.pt")["actor_optimizer"]["state"]
     taken = 4 * (1 - scalars["losses/early_stop"][-1][1])
-    assert all(moments["step"] == taken for moments in state.values())  # forgotten before the last update phase
+    for state in load(run / "checkpoints" / "960.pt")["optimizers"]:
+        assert all(moments["step"] == taken for moments in state["state"].values())  # forgotten before the last phase
+        assert state["param_groups"][0]["lr"] == pytest.approx(2.5e-4 / 5)
 
 
 def test_offline_tracking_writes_a_run(tmp_path):
@@ -273,6 +283,11 @@ WRONG = [
     ("--diagnostics-interval -1", "at least 0"),
     ("--device tpu", "must be auto, cpu, cuda, cuda:N or mps"),
     ("--device cuda:99", "CUDA devices"),
+    ("--device cuda:007", "must be auto"),
+    ("--clip-coef 1e300", "at most"),
+    ("--num-envs 1" + "0" * 400, "at most"),
+    ("--eval-episodes 100000", "at most 1024"),
+    ("--num-envs 1 --num-steps 1 --minibatch-size 1", "at least 2 transitions"),
     ("--pfo-coeff 1", "--pfo-coef"),
 ]
 
@@ -302,21 +317,44 @@ def test_runs_folder_that_is_a_file_is_refused(tmp_path):
     assert done.stderr.startswith("error: runs") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="gives up root's rights, which only root can")
-def test_unwritable_runs_folder_is_refused_as_user(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions are POSIX's")
+def test_unwritable_runs_folder_is_refused(tmp_path):
     (tmp_path / "runs").mkdir(mode=0o555)
     tmp_path.chmod(0o755)
     code = f"""
 import dataclasses, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 from common.run import Run
-os.setuid(65534)
+if os.geteuid() == 0:
+    os.setuid(65534)  # root writes where it may not
 Args = dataclasses.make_dataclass("Args", ["env_id", "exp_name", "seed", "track"])
 Run(Args("E-v5", "x", 1, False), total_steps=1)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: runs/E-v5__x__1__"), done.stderr
     assert "writable" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    done, run = run_script("ppo_pfo_atari", tmp_path, *TINY, "--learning-rate", "1e6", code=1)
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+    assert "is not finite in iteration" in done.stderr and str(run.relative_to(tmp_path)) in done.stderr
+    assert load(run / "checkpoints" / "0.pt")["global_step"] == 0
+    last = scalars_of(run)["losses/policy_loss"][-1][0]  # the iteration that failed is logged
+    assert f"iteration {last // 192};" in done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("flags", [[], ["--compile"], ["--torch-deterministic"]])
+def test_runs_on_cuda(tmp_path, flags):
+    _, run = run_script("ppo_pfo_atari", tmp_path, *TINY, "--device", "cuda", *flags)
+    assert load(run / "checkpoints" / "960.pt")["global_step"] == 960
+
+
+@pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs an MPS device")
+def test_runs_on_mps(tmp_path):
+    _, run = run_script("ppo_pfo_atari", tmp_path, *TINY, "--device", "mps")
+    assert load(run / "checkpoints" / "960.pt")["global_step"] == 960
 
 
 def test_compiled_losses_and_policy_agree_with_eager_ones(monkeypatch):
@@ -336,11 +374,11 @@ def test_compiled_losses_and_policy_agree_with_eager_ones(monkeypatch):
         mb = {"obs": obs, "actions": torch.arange(16) % 6, "logits": torch.randn(16, 6) / 10}
         mb |= {name: torch.randn(16) for name in ("values", "advantages", "returns")}
         with torch.no_grad():
-            policy, value = agent(obs)
-        mb["actor_held"] = script.hidden(policy, True).all_preactivations + 0.1
-        mb["critic_held"] = value.preactivations[-1]
-        losses = torch.compile(script.losses, dynamic=False) if compiled else script.losses
-        act = torch.compile(agent.policy, dynamic=False) if compiled else agent.policy
+            policy, value = agent(obs, True)
+        mb["actor_held"] = policy.all_preactivations + 0.1
+        mb["critic_held"] = value.preactivations
+        losses = script.compiled(script.losses, torch.device("cpu")) if compiled else script.losses
+        act = script.compiled(agent.policy, torch.device("cpu")) if compiled else agent.policy
         loss, logged = losses(agent, mb, torch.tensor(1.0), args)
         loss.backward()
         grads = torch.cat([p.grad.flatten() for p in agent.parameters()])

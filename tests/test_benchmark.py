@@ -1,0 +1,37 @@
+"""The benchmark programs run; what they measure is not judged here."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--num-envs", "2", "--num-steps", "16", "--minibatch-size", "16"]
+
+
+def program(name, *flags):
+    command = [sys.executable, "-m", f"benchmark.{name}", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_random_policy():
+    out = program("random_policy", "--env-id", "Breakout-v5", "--episodes", "3")
+    assert out.startswith("Breakout-v5: random actions return ") and out.endswith("3 games\n")
+
+
+@pytest.mark.parametrize("script, mflop", [("ppo_pfo_atari.py", 434)])
+def test_throughput(script, mflop):
+    """An agent step costs what the layers' shapes say: forward once, then forward and backward in each epoch."""
+    out = program("throughput", script, "--rounds", "1", "--iterations", "2", "--cores", "0", "--", *TINY)
+    assert f"{mflop} MFLOP an agent step, 1 cores" in out and "% of the limit" in out
+
+
+def test_curves(tmp_path):
+    flags = [*TINY, "--total-timesteps", "192"]
+    subprocess.run([sys.executable, str(ROOT / "ppo_pfo_atari.py"), *flags], cwd=tmp_path, check=True)
+    (run,) = tmp_path.glob("runs/*")
+    program("curves", str(run), "--output", str(tmp_path / "curves.png"))
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
