@@ -1,8 +1,13 @@
 # PPO with Proximal Feature Optimization (PFO) on Atari, from "No Representation, No Trust" (NeurIPS 2024,
-# arXiv 2405.00662). Separate actor and critic; the defaults are the paper's.
-#   python ppo_pfo_atari.py --env-id Phoenix-v5 --pfo-coef 1.0                       PFO on the last hidden layer
-#   python ppo_pfo_atari.py --env-id Phoenix-v5 --pfo-coef 10.0 --pfo-layers all     PFO on all hidden layers
-#   python ppo_pfo_atari.py --env-id Phoenix-v5 --pfo-coef 0 --update-epochs 8       PPO, and its collapse
+# arXiv 2405.00662). Separate actor and critic; the defaults are the paper's. Its comparison with CleanRL, with PFO:
+# CleanRL's classic setting
+#   python ppo_pfo_atari.py --env-id Phoenix-v5 --frame-skip 4 --repeat-action-probability 0 --noop-max 30 \
+#     --fire-reset --episodic-life --layer-init orthogonal --anneal-lr --clip-vloss --adam-eps 1e-5 --vf-coef 0.5
+# the paper's setting, PFO on the last and on all hidden layers
+#   python ppo_pfo_atari.py --env-id Phoenix-v5 --pfo-coef 1.0
+#   python ppo_pfo_atari.py --env-id Phoenix-v5 --pfo-coef 10.0 --pfo-layers all
+# the collapse, which PFO is to mitigate
+#   python ppo_pfo_atari.py --env-id Phoenix-v5 --pfo-coef 1.0 --update-epochs 8
 import contextlib
 import difflib
 import math
@@ -275,6 +280,9 @@ class Agent(nn.Module):
         super().__init__()
         self.actor = Network(num_actions, 0.01, args)
         self.critic = Network(1, 1.0, args)
+
+    def networks(self):
+        return {"actor": self.actor, "critic": self.critic}
 
     def scale(self, obs):
         # Images are stored with their channels last, and so seen by the convolutions, which are faster so.
@@ -674,7 +682,7 @@ if __name__ == "__main__":
             if args.reset_optimizer:
                 optimizer.state.clear()
         if diagnosed:
-            weights = {"actor": flat_weights(agent.actor), "critic": flat_weights(agent.critic)}
+            weights = {name: flat_weights(network) for name, network in agent.networks().items()}
         order = torch.cat([torch.randperm(B, device=device) for _ in range(args.update_epochs)])
         order = order.split(args.minibatch_size)
         logged = []
@@ -689,7 +697,7 @@ if __name__ == "__main__":
         logged = dict(zip(stats, torch.stack(logged).T.tolist(), strict=True))
         update_time = time.time() - update_start
         kl = logged.pop("kl")
-        grad_norms = {name: logged.pop(f"{name}_grad_norm") for name in ("actor", "critic")}
+        grad_norms = {name: logged.pop(f"{name}_grad_norm") for name in agent.networks()}
         for name, over_minibatches in logged.items():
             scalars[f"losses/first_minibatch/{name}"] = over_minibatches[0]
             scalars[f"losses/last_minibatch/{name}"] = over_minibatches[-1]
@@ -720,7 +728,7 @@ if __name__ == "__main__":
             with torch.no_grad():
                 after = dict(zip(("actor", "critic"), agent(batch["obs"], True), strict=True))
                 scalars |= diagnose(before, after, batch["actions"], args)
-                for name, network in (("actor", agent.actor), ("critic", agent.critic)):
+                for name, network in agent.networks().items():
                     new = flat_weights(network)
                     scalars[f"optim/{name}/grad_norm"] = np.mean(grad_norms[name])
                     scalars[f"optim/{name}/update_norm"] = (new - weights[name]).norm().item()

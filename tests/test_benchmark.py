@@ -22,7 +22,7 @@ def test_random_policy():
     assert out.startswith("Breakout-v5: random actions return ") and out.endswith("3 games\n")
 
 
-@pytest.mark.parametrize("script, mflop", [("ppo_pfo_atari.py", 434)])
+@pytest.mark.parametrize("script, mflop", [("ppo_pfo_atari.py", 434), ("ppo_atari.py", 217)])
 def test_throughput(script, mflop):
     """An agent step costs what the layers' shapes say: forward once, then forward and backward in each epoch."""
     out = program("throughput", script, "--rounds", "1", "--iterations", "2", "--cores", "0", "--", *TINY)

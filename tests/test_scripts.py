@@ -13,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["ppo_pfo_atari"]
+SCRIPTS = ["ppo_atari", "ppo_atari_2models", "ppo_pfo_atari"]
 # Five iterations of 2 x 32 transitions at frame skip 3
 TINY = ["--num-envs", "2", "--num-steps", "32", "--minibatch-size", "32", "--total-timesteps", "1000", "--seed", "7"]
 
@@ -21,12 +21,12 @@ RANKS = ["effective_rank", "pca_rank", "srank", "feature_rank", "matrix_rank", "
 SIGMAS = ["sigma_max", "sigma_2", "sigma_min"]
 NORMS = ["feature_norm", "preactivation_norm", "all_preactivation_norm"]
 LOSSES = ["policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac"]
-LOSSES += ["pfo_actor", "pfo_critic", "pfo_out_of_trust"]
+PFO_LOSSES = ["pfo_actor", "pfo_critic", "pfo_out_of_trust"]
 STATISTICS = ["mean", "std", "min", "max"]
 NETWORKS = ["actor", "critic"]
 
 EVERY_ITERATION = (
-    [f"losses/{part}{name}" for part in ("", "first_minibatch/", "last_minibatch/") for name in LOSSES]
+    [f"losses/{part}{name}" for part in ("", "first_minibatch/", "last_minibatch/") for name in LOSSES + PFO_LOSSES]
     + ["losses/explained_variance", "losses/kl_coef", "losses/early_stop"]
     + ["charts/learning_rate", "charts/SPS", "charts/FPS"]
 )
@@ -112,10 +112,12 @@ def finished(request, tmp_path_factory):
 
 
 def test_every_tag_is_logged(finished):
-    _, _, run = finished
+    script, _, run = finished
     scalars = scalars_of(run)
     steps = [192 * i for i in range(1, 6)]
     expected = {tag: steps for tag in EVERY_ITERATION + DIAGNOSTICS} | {tag: [384, 960] for tag in EVALUATION}
+    if "pfo" not in script:
+        expected = {tag: steps for tag, steps in expected.items() if "pfo" not in tag}
     assert {tag: [step for step, _ in scalars[tag]] for tag in expected if tag in scalars} == expected
     assert set(scalars) - set(expected) <= set(SOMETIMES)
     assert [tag for tag, points in scalars.items() if not all(math.isfinite(value) for _, value in points)] == []
@@ -125,7 +127,10 @@ def test_the_first_minibatch_starts_where_the_rollout_was(finished):
     """Before the first step of an update phase nothing has moved, but for the rounding of another batch size."""
     _, _, run = finished
     scalars = scalars_of(run)
-    for name in {"old_approx_kl", "approx_kl", "clipfrac", "pfo_actor", "pfo_critic"} & set(LOSSES):
+    for name in ("old_approx_kl", "approx_kl", "clipfrac", "pfo_actor", "pfo_critic"):
+        if f"losses/{name}" not in scalars:
+            assert name in PFO_LOSSES and finished[0] != "ppo_pfo_atari"
+            continue
         assert all(abs(value) < 1e-6 for _, value in scalars[f"losses/first_minibatch/{name}"]), name
         assert any(abs(value) > 1e-9 for _, value in scalars[f"losses/last_minibatch/{name}"]) or name == "clipfrac"
 
@@ -172,6 +177,7 @@ def test_checkpoints(finished):
         agent = script.Agent(state["num_actions"], args)
         agent.load_state_dict(state["agent"])
     assert sum(len(o["state"]) for o in state["optimizers"]) == len(list(agent.parameters()))
+    assert len(state["optimizers"]) == (1 if name == "ppo_atari" else 2)
     assert not same(load(paths[0])["agent"], state["agent"])
 
 
@@ -200,6 +206,31 @@ def test_the_same_seed_gives_the_same_run_evaluated_or_not(finished, tmp_path):
     timed = ("time/", "charts/SPS", "charts/FPS")
     for tag in one:
         assert tag.startswith(timed) or one[tag] == other[tag], tag
+
+
+def test_a_shared_trunk_is_measured_under_both_names(finished):
+    name, _, run = finished
+    scalars = scalars_of(run)
+    for measure in (*RANKS, *NORMS, "dead_units"):
+        both = [scalars[f"representation/after/{network}/{measure}"] for network in NETWORKS]
+        if name == "ppo_atari":
+            assert [step for step, _ in both[0]] == [step for step, _ in both[1]]
+            assert [x for _, x in both[0]] == pytest.approx([x for _, x in both[1]])
+    norms = [scalars[f"representation/after/{network}/preactivation_norm"] for network in NETWORKS]
+    assert (norms[0] == norms[1]) == (name == "ppo_atari")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_cleanrls_classic_setting_runs(name, tmp_path):
+    """The command of the script's first lines, on a game with a FIRE reset, cut short."""
+    flags = "--frame-skip 4 --repeat-action-probability 0 --noop-max 30 --fire-reset --episodic-life "
+    flags += "--layer-init orthogonal --anneal-lr --clip-vloss --adam-eps 1e-5 --vf-coef 0.5 --env-id Breakout-v5"
+    done, run = run_script(name, tmp_path, *TINY, *flags.split())
+    assert "--noop-max" not in done.stdout  # said only of 0, which can't be had
+    state = load(run / "checkpoints" / "768.pt")
+    assert state["optimizers"][0]["param_groups"][0]["eps"] == 1e-5
+    rates = [value for _, value in scalars_of(run)["charts/learning_rate"]]
+    assert rates == pytest.approx([2.5e-4, 1.6667e-4, 0.8333e-4], rel=1e-3)
 
 
 def test_interventions_run(tmp_path):
@@ -295,6 +326,8 @@ WRONG = [
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("flags, said", WRONG)
 def test_bad_input_is_refused(monkeypatch, capsys, name, flags, said):
+    if "pfo" in flags and "pfo" not in name:
+        pytest.skip("no flag of this script")
     message = refusal(monkeypatch, capsys, name, flags.split())
     assert said in message
     assert flags.split()[0].removesuffix("f") in message

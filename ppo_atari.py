@@ -1,0 +1,706 @@
+# PPO on Atari with one trunk for actor and critic: an intervention of "No Representation, No Trust" (NeurIPS 2024,
+# arXiv 2405.00662), whose settings are the defaults. The paper's comparison with CleanRL takes three runs:
+# CleanRL's classic setting
+#   python ppo_atari.py --env-id Phoenix-v5 --frame-skip 4 --repeat-action-probability 0 --noop-max 30 \
+#     --fire-reset --episodic-life --layer-init orthogonal --anneal-lr --clip-vloss --adam-eps 1e-5 --vf-coef 0.5
+# the paper's setting
+#   python ppo_atari.py --env-id Phoenix-v5
+# the collapse
+#   python ppo_atari.py --env-id Phoenix-v5 --update-epochs 8
+import contextlib
+import difflib
+import math
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import envpool
+import imageio.v2 as imageio
+import numpy as np
+import torch
+import torch.nn as nn
+from envpool.atari.registration import atari_game_list
+from torch import Tensor
+
+from common.feature_rank import dead_units, dormant_fraction, feature_ranks, feature_stats, mean_norm, policy_variance
+from common.run import Run, check_range, fail, keep_freed_memory, milestones, parse_args, pick_device, random_states
+from common.trust_region import categorical_kl, feature_drift, ratio_stats
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """name of this experiment, part of the run's name"""
+    seed: int = 1
+    """seed of everything random: networks, actions, minibatches, environments"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps; auto takes CUDA, then MPS, then the CPU"""
+    torch_deterministic: bool = False
+    """use deterministic kernels alone; it is slower on CUDA, and on a CPU runs repeat bit for bit without it"""
+    compile: bool = False
+    """run policy, losses and gradients through torch.compile (on CUDA as CUDA graphs); it takes a minute to start"""
+
+    # Logging
+    track: bool = False
+    """log to Weights & Biases too"""
+    wandb_project_name: str = "no-representation-no-trust"
+    """the W&B project"""
+    wandb_entity: str | None = None
+    """the W&B team; None is your own account"""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """offline writes a W&B run into the run's folder, to be uploaded with `wandb sync`"""
+    diagnostics_interval: int = 0
+    """iterations between diagnostics, besides the first and the last one; 0 is 0.1 % of the run (33 in 100 M frames)"""
+    eval_episodes: int = 0
+    """episodes of each evaluation, with sampled and with greedy actions, at the end of the run; 0 is no evaluation"""
+    eval_interval: float = 0.0
+    """share of the run (0.1: every tenth of it) after which to evaluate as well; 0 evaluates at the end alone"""
+    capture_video: bool = False
+    """record the first episode of each evaluation as mp4"""
+
+    # Environment
+    env_id: str = "Phoenix-v5"
+    """an Atari game, `Phoenix-v5` or `ALE/Phoenix-v5`"""
+    frame_skip: int = 3
+    """emulator frames for which an action is repeated (CleanRL: 4)"""
+    repeat_action_probability: float = 0.25
+    """sticky actions: probability that the emulator repeats the previous action instead (CleanRL: 0)"""
+    noop_max: int = 0
+    """most no-op frames after a reset (CleanRL: 30); envpool's least is one, which 0 becomes"""
+    fire_reset: bool = False
+    """press FIRE after a reset in games that have it (CleanRL: on)"""
+    episodic_life: bool = False
+    """a lost life ends an episode for the learner; logged returns are the whole game's all the same (CleanRL: on)"""
+
+    # Algorithm
+    total_timesteps: int = 100_000_000
+    """length of the run in emulator frames (agent steps x frame skip), floored to whole rollouts"""
+    learning_rate: float = 2.5e-4
+    """Adam's learning rate, constant unless annealed"""
+    anneal_lr: bool = False
+    """anneal the learning rate linearly to 0, rollout by rollout"""
+    cosine_lr: bool = False
+    """anneal the learning rate to 0 along a half cosine"""
+    num_envs: int = 8
+    """environments stepped in parallel"""
+    num_steps: int = 128
+    """agent steps of each environment in a rollout"""
+    minibatch_size: int = 256
+    """transitions in a minibatch; must divide num_envs x num_steps"""
+    update_epochs: int = 4
+    """passes over each rollout, the paper's knob of non-stationarity: 4, 6 and 8"""
+    gamma: float = 0.99
+    """discount"""
+    gae_lambda: float = 0.95
+    """lambda of the generalised advantage estimate"""
+    norm_adv: bool = True
+    """normalise advantages in each minibatch"""
+    clip_coef: float = 0.1
+    """epsilon: ratios beyond 1 - epsilon and 1 + epsilon give no further gradient"""
+    clip_objective: bool = True
+    """PPO's clipped objective; off is the plain surrogate, to go with --kl-coef or --target-kl"""
+    clip_vloss: bool = False
+    """clip the value's change to clip_coef as well (CleanRL: on)"""
+    ent_coef: float = 0.01
+    """coefficient of the entropy bonus"""
+    vf_coef: float = 1.0
+    """coefficient of the value loss, which is 0.5 x mean squared error (CleanRL: 0.5)"""
+    max_grad_norm: float = 0.5
+    """gradient norm to which the whole agent is clipped, once (the paper's code clips and steps the trunk twice)"""
+    adam_eps: float = 1e-8
+    """Adam's epsilon (CleanRL: 1e-5)"""
+    activation: Literal["ReLU", "GELU", "LeakyReLU", "Tanh"] = "ReLU"
+    """activation of the hidden layers"""
+    layer_init: Literal["pytorch", "orthogonal"] = "pytorch"
+    """initial weights: PyTorch's default or CleanRL's orthogonal ones"""
+
+    # Interventions
+    reset_optimizer: bool = False
+    """forget Adam's moments after each rollout"""
+    adam_beta1: float = 0.9
+    """Adam's decay of the first moment"""
+    adam_beta2: float = 0.999
+    """Adam's decay of the second moment; the paper's intervention is 0.9"""
+    kl_coef: float = 0.0
+    """initial coefficient of an adaptive KL penalty, 0 is none (the paper's code: 1, with --no-clip-objective)"""
+    kl_target: float = 0.01
+    """the penalty doubles where the last epoch's mean KL exceeds 1.5 x this, and halves where it is below this / 1.5"""
+    target_kl: float = 0.0
+    """end an update phase after the first minibatch whose KL exceeds this, 0 is never (the paper's code: 0.01)"""
+
+    # Filled in from the above
+    batch_size: int = field(init=False)
+    """transitions in a rollout"""
+    num_iterations: int = field(init=False)
+    """rollouts in the run"""
+
+
+def check_args(args):
+    """Refuse what can't run before anything is started, and fill in what follows from the arguments."""
+    args.env_id = args.env_id.removeprefix("ALE/")
+    names = ["".join(map(str.capitalize, game.split("_"))) + "-v5" for game in atari_game_list]
+    games = {name.lower(): name for name in names}  # ALE's and envpool's capitals differ in one: TicTacToe3D
+    if args.env_id.lower() not in games:
+        nearest = difflib.get_close_matches(args.env_id.lower().removesuffix("-v5") + "-v5", games, n=3, cutoff=0.3)
+        nearest = ", ".join(games[name] for name in nearest or ("breakout-v5", "phoenix-v5", "qbert-v5"))
+        fail(f"--env-id {args.env_id}: must be one of envpool's {len(games)} Atari games; nearest: {nearest}")
+    args.env_id = games[args.env_id.lower()]
+    check_range(args, "num_envs num_steps minibatch_size update_epochs", low=1, high=100_000)
+    check_range(args, "num_envs", high=1024)
+    check_range(args, "total_timesteps", low=1, high=10**12)
+    check_range(args, "frame_skip", low=1, high=1000)
+    check_range(args, "seed", low=0, high=2**31 - 1)
+    check_range(args, "noop_max", low=0, high=1000)
+    check_range(args, "diagnostics_interval", low=0, high=10**9)
+    check_range(args, "eval_episodes", low=0, high=1024)
+    check_range(args, "learning_rate max_grad_norm adam_eps clip_coef kl_target", above=0, high=1e6)
+    check_range(args, "ent_coef vf_coef kl_coef target_kl", low=0, high=1e6)
+    check_range(args, "gamma gae_lambda repeat_action_probability eval_interval", low=0, high=1)
+    check_range(args, "adam_beta1 adam_beta2", low=0, below=1)
+    args.batch_size = args.num_envs * args.num_steps
+    if args.batch_size == 1:
+        fail("--num-steps 1: must make rollouts of at least 2 transitions, with more steps or --num-envs")
+    if args.batch_size % args.minibatch_size:
+        fail(f"--minibatch-size {args.minibatch_size}: must divide num_envs x num_steps = {args.batch_size}")
+    args.num_iterations = args.total_timesteps // (args.batch_size * args.frame_skip)
+    if not args.num_iterations:
+        least = args.batch_size * args.frame_skip
+        fail(f"--total-timesteps {args.total_timesteps}: must be at least one rollout of {least} frames")
+    if args.anneal_lr and args.cosine_lr:
+        fail("--cosine-lr: must not go with --anneal-lr; choose one schedule")
+    if (args.capture_video or args.eval_interval) and not args.eval_episodes:
+        flag = "--capture-video" if args.capture_video else f"--eval-interval {args.eval_interval}"
+        fail(f"{flag}: needs --eval-episodes of at least 1")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if args.compile and not shutil.which(compiler):
+        fail(f"--compile: torch.compile needs a C++ compiler, and {compiler} is not there; CXX may name another one")
+
+
+def make_envs(args, num_envs, seeds, **kwargs):
+    """``num_envs`` games in this process, each with its own seed."""
+    return envpool.make(
+        args.env_id,
+        env_type="gymnasium",
+        num_envs=num_envs,
+        seed=seeds,
+        frame_skip=args.frame_skip,
+        repeat_action_probability=args.repeat_action_probability,
+        noop_max=max(args.noop_max, 1),  # 0 crashes envpool
+        use_fire_reset=args.fire_reset,
+        max_episode_steps=108_000 // args.frame_skip,  # in agent steps; ALE's limit is in frames
+        **kwargs,
+    )
+
+
+class NetworkOutput(NamedTuple):
+    """What a forward pass gives: the output, and the hidden layers for the diagnostics."""
+
+    output: Tensor  # (N, num_outputs) logits or value
+    features: Tensor  # (N, 512) last hidden layer after its activation
+    preactivations: Tensor  # (N, 512) the same before its activation
+    all_preactivations: Tensor | None  # (N, 21632) of all hidden layers, concatenated; None unless asked for
+
+    def map(self, function):
+        return NetworkOutput(*(None if x is None else function(x) for x in self))
+
+
+def init_layer(layer, std, args):
+    if args.layer_init == "orthogonal":
+        nn.init.orthogonal_(layer.weight, std)
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Trunk(nn.Module):
+    """The hidden layers of the convolutional network of Mnih et al. (2015)."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.hidden = nn.ModuleList(
+            init_layer(layer, math.sqrt(2), args)
+            for layer in (
+                nn.Conv2d(4, 32, 8, stride=4),
+                nn.Conv2d(32, 64, 4, stride=2),
+                nn.Conv2d(64, 64, 3, stride=1),
+                nn.Linear(64 * 7 * 7, 512),
+            )
+        )
+        self.activation = getattr(nn, args.activation)()
+
+    def forward(self, x, all_layers):  # (N, 4, 84, 84) in [0, 1]
+        preactivations = []
+        for layer in self.hidden:
+            x = x.flatten(1) if isinstance(layer, nn.Linear) else x
+            preactivations.append(layer(x))
+            x = self.activation(preactivations[-1])
+        everything = torch.cat([layer.flatten(1) for layer in preactivations], dim=1) if all_layers else None
+        return x, preactivations[-1], everything
+
+
+class Agent(nn.Module):
+    """Actor and critic, two heads on one trunk."""
+
+    def __init__(self, num_actions, args):
+        super().__init__()
+        self.trunk = Trunk(args)
+        self.actor = init_layer(nn.Linear(512, num_actions), 0.01, args)
+        self.critic = init_layer(nn.Linear(512, 1), 1.0, args)
+
+    def networks(self):
+        return {name: nn.ModuleList((self.trunk, getattr(self, name))) for name in ("actor", "critic")}
+
+    def scale(self, obs):
+        # Images are stored with their channels last, and so seen by the convolutions, which are faster so.
+        return obs.permute(0, 3, 1, 2) / 255  # (N, 84, 84, 4) uint8 to (N, 4, 84, 84) float32
+
+    def policy(self, obs, all_layers=False):
+        return self(obs, all_layers)[0]
+
+    def value(self, obs, all_layers=False):
+        return self(obs, all_layers)[1]
+
+    def forward(self, obs, all_layers=False):
+        features, *preactivations = self.trunk(self.scale(obs), all_layers)
+        heads = (self.actor(features), self.critic(features))
+        return tuple(NetworkOutput(output, features, *preactivations) for output in heads)
+
+
+def sample(logits, noise):
+    """Actions (N,) of the policy with ``logits`` (N, A), drawn by ``noise`` (N, A) from an exponential distribution."""
+    return (logits - noise.log()).argmax(1)  # Gumbel's trick: −log of an exponential variable is a Gumbel one
+
+
+class Rollout(NamedTuple):
+    """What a rollout recorded, (num_steps, num_envs, …) each; every transition is one that an environment made."""
+
+    actions: Tensor  # int64
+    rewards: Tensor
+    dones: Tensor  # 1 where the step ended an episode, by a time limit too
+    policy: NetworkOutput  # as it acted
+
+
+def rollout(envs, policy, obs, noise, running, all_layers):
+    """Step each environment ``len(noise)`` times from ``obs[0]`` on; returns a Rollout and the games that ended.
+
+    envs: a synchronous envpool. ``policy(obs, all_layers)`` gives a NetworkOutput.
+    obs: (num_steps + 1, num_envs, 84, 84, 4) uint8 on the training device, filled from index 1.
+    noise: (num_steps, num_envs, num_actions), from which the actions are sampled.
+    running: (2, num_envs) return and length so far of the games in progress, carried on from rollout to rollout.
+    The games that ended: tuples of the agent steps into the rollout, raw return and length in agent steps.
+    """
+    num_steps, num_envs = noise.shape[:2]
+    # Pinned, the copy to a CUDA device need not be waited for; MPS is not safe with such copies.
+    staging = torch.empty((num_envs, 84, 84, 4), dtype=torch.uint8, pin_memory=obs.is_cuda)
+    rewards, dones = np.zeros((2, num_steps, num_envs), dtype=np.float32)
+    actions = torch.empty((num_steps, num_envs), dtype=torch.int64, device=obs.device)
+    outputs, games = [], []
+    for step in range(num_steps):
+        # Cloned, since a CUDA graph writes its next results over these.
+        outputs.append(policy(obs[step], all_layers).map(torch.clone))
+        actions[step] = sample(outputs[-1].output, noise[step])
+
+        next_obs, rewards[step], terminated, truncated, info = envs.step(actions[step].cpu().numpy())
+        dones[step] = done = terminated | truncated
+        running += np.stack([info["reward"], np.ones(num_envs)])
+        game_over = info["terminated"].astype(bool) | truncated  # a lost life is not the end of a game
+        for i in np.flatnonzero(game_over):
+            games.append(((step + 1) * num_envs, running[0, i], running[1, i]))
+        running[:, game_over] = 0
+
+        # envpool spends the next step of an ended environment on its reset: no action, no reward, a new episode's
+        # first observation. Spent here and now, it stays out of the rollout. After a lost life the game goes on.
+        if done.any():
+            ended = np.flatnonzero(done).astype(np.int32)
+            next_obs[ended] = envs.step(np.zeros_like(ended), ended)[0]
+        staging.copy_(torch.from_numpy(next_obs).permute(0, 2, 3, 1))
+        obs[step + 1].copy_(staging, non_blocking=obs.is_cuda)
+    rewards, dones = (torch.from_numpy(x).to(obs.device) for x in (rewards, dones))
+    outputs = NetworkOutput(*(None if x[0] is None else torch.stack(x) for x in zip(*outputs, strict=True)))
+    return Rollout(actions, rewards, dones, outputs), games
+
+
+def gae(rewards, values, next_values, dones, gamma, gae_lambda):
+    """Generalised advantage estimate (Schulman et al. 2016): advantages and returns, (num_steps, num_envs).
+
+    All arguments have that shape. Nothing is bootstrapped past a ``done``: a time limit is a termination.
+    """
+    advantages, lastgaelam = torch.zeros_like(rewards), 0
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] + gamma * next_values[t] * (1 - dones[t]) - values[t]
+        advantages[t] = lastgaelam = delta + gamma * gae_lambda * (1 - dones[t]) * lastgaelam
+    return advantages, advantages + values
+
+
+def actor_loss(logits, mb, kl_coef, args):
+    """The actor's loss on a minibatch, and what is logged of it by name.
+
+    logits: (N, num_actions) of the current policy; kl_coef: tensor.
+    mb: the minibatch's actions, logits and advantages, as the rollout recorded them.
+    """
+    newlogprobs, oldlogprobs = logits.log_softmax(1), mb["logits"].log_softmax(1)
+    logratio = (newlogprobs - oldlogprobs).gather(1, mb["actions"].unsqueeze(1)).squeeze(1)
+    ratio = logratio.exp()
+    mb_advantages = mb["advantages"]
+    if args.norm_adv:
+        mb_advantages = (mb_advantages - mb_advantages.mean()) / mb_advantages.std(correction=0).clamp(min=1e-6)
+
+    pg_loss = -mb_advantages * ratio
+    if args.clip_objective:
+        pg_loss = torch.max(pg_loss, -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef))
+
+    pg_loss = pg_loss.mean()
+
+    entropy = -(newlogprobs.exp() * newlogprobs).sum(1).mean()
+    kl = (oldlogprobs.exp() * (oldlogprobs - newlogprobs)).sum(1).mean()
+    loss = pg_loss - args.ent_coef * entropy
+    if args.kl_coef:
+        loss = loss + kl_coef * kl
+    return loss, {
+        "policy_loss": pg_loss,
+        "entropy": entropy,
+        "old_approx_kl": -logratio.mean(),
+        "approx_kl": (ratio - 1 - logratio).mean(),
+        "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+        "kl": kl,
+    }
+
+
+def critic_loss(newvalue, mb, args):
+    """The critic's loss on a minibatch, and what is logged of it by name.
+
+    newvalue: (N,) of the current critic.
+    mb: the minibatch's returns and values, as computed before the update phase.
+    """
+    v_loss = (newvalue - mb["returns"]).square()
+    if args.clip_vloss:
+        v_clipped = mb["values"] + (newvalue - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
+        v_loss = torch.max(v_loss, (v_clipped - mb["returns"]).square())
+
+    v_loss = 0.5 * v_loss.mean()
+
+    return args.vf_coef * v_loss, {"value_loss": v_loss}
+
+
+def losses(agent, mb, kl_coef, args):
+    """The sum of both losses on a minibatch, and what is logged of them by name."""
+    policy, value = agent(mb["obs"])
+    a_loss, a_logged = actor_loss(policy.output, mb, kl_coef, args)
+    c_loss, c_logged = critic_loss(value.output.squeeze(1), mb, args)
+    return a_loss + c_loss, {name: x.detach() for name, x in {**a_logged, **c_logged}.items()}
+
+
+def make_optimizers(agent, args):
+    """One Adam for all of the agent."""
+    adam = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps, "fused": True}
+    return (torch.optim.Adam(agent.parameters(), **adam),)
+
+
+def update(agent, losses, optimizers, mb, kl_coef, args):
+    """One gradient step on a minibatch; returns what is logged by name, without waiting for the device."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss, logged = losses(agent, mb, kl_coef, args)
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    logged["actor_grad_norm"] = logged["critic_grad_norm"] = grad_norm
+    for optimizer in optimizers:
+        optimizer.step()
+    return logged
+
+
+def compiled(function, device):
+    """``function`` through torch.compile with static shapes, on CUDA as CUDA graphs."""
+    fast = torch.compile(function, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
+
+    def call(*args):
+        torch.compiler.cudagraph_mark_step_begin()  # what the last call returned may be written over
+        return fast(*args)
+
+    return call
+
+
+def learning_rate(iteration, args):
+    """The learning rate of an iteration, counted from 1."""
+    left = 1 - (iteration - 1) / args.num_iterations
+    if args.cosine_lr:
+        return args.learning_rate * (1 - math.cos(math.pi * left)) / 2
+    return args.learning_rate * (left if args.anneal_lr else 1)
+
+
+def adapted_kl_coef(kl_coef, kl, args):
+    """The KL penalty's coefficient after an update phase whose last epoch had the mean KL ``kl``.
+
+    It stays within 1e-6 and 1e6: beyond, a float would vanish or overflow in a long run and never come back.
+    """
+    factor = 2 if kl > 1.5 * args.kl_target else 0.5 if kl < args.kl_target / 1.5 else 1
+    return min(max(kl_coef * factor, 1e-6), 1e6)
+
+
+def flat_weights(network):
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+def diagnose(before, after, actions, args):
+    """The representation and trust region measures of a rollout, by tag.
+
+    before, after: the NetworkOutput of actor and critic, by these names, for the rollout's N transitions at the two
+    ends of the update phase, with all layers. actions: (N,).
+    """
+    tags = {}
+    for when, networks in (("before", before), ("after", after)):
+        logits, value = networks["actor"].output, networks["critic"].output
+        tags[f"representation/{when}/policy_variance"] = policy_variance(logits.softmax(1))
+        tags[f"representation/{when}/entropy"] = -(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
+        tags[f"representation/{when}/value_mean"] = value.mean()
+        tags[f"representation/{when}/value_std"] = value.std()
+        for name, network in networks.items():
+            measures = {
+                **feature_ranks(network.features),
+                "dead_units": dead_units(network.features, args.activation),
+                "dormant_fraction": dormant_fraction(network.features),
+                **feature_stats(network.features),
+                "preactivation_norm": mean_norm(network.preactivations),
+                "all_preactivation_norm": mean_norm(network.all_preactivations),
+            }
+            tags.update({f"representation/{when}/{name}/{measure}": x for measure, x in measures.items()})
+    for tag in [tag for tag in tags if tag.startswith("representation/after/")]:
+        if tag.endswith(("rank", "dead_units", "norm", "policy_variance")):
+            tags[tag.replace("/after/", "/delta/")] = tags[tag] - tags[tag.replace("/after/", "/before/")]
+
+    logits, new_logits = before["actor"].output, after["actor"].output
+    logratio = (new_logits.log_softmax(1) - logits.log_softmax(1)).gather(1, actions.unsqueeze(1)).squeeze(1)
+    tags.update({f"trust_region/{name}": x for name, x in ratio_stats(logratio, args.clip_coef).items()})
+    tags["trust_region/kl"] = categorical_kl(logits, new_logits).mean()
+    for name in ("actor", "critic"):
+        for layer in ("features", "preactivations", "all_preactivations"):
+            drift = feature_drift(getattr(before[name], layer), getattr(after[name], layer))
+            tags.update({f"trust_region/{name}_{layer[:-1]}_{distance}": x for distance, x in drift.items()})
+    return {tag: float(x) for tag, x in tags.items()}
+
+
+@torch.no_grad()
+def evaluate(agent, args, device, seeds, greedy, video=None):
+    """Returns and lengths (agent steps) of one whole game for each of ``seeds``, rewards unclipped.
+
+    The actions are sampled or ``greedy``; the first game is recorded to the path ``video``. Training's own random
+    states stay as they are.
+    """
+    envs = make_envs(args, len(seeds), seeds, render_mode="rgb_array" if video else None)
+    generator = torch.Generator(device).manual_seed(seeds[0])
+    obs, _ = envs.reset()
+    returns, lengths, playing = np.zeros(len(seeds)), np.zeros(len(seeds)), np.arange(len(seeds), dtype=np.int32)
+    with contextlib.ExitStack() as stack:
+        film = None
+        if video:
+            video.parent.mkdir(exist_ok=True)
+            film = stack.enter_context(imageio.get_writer(video, fps=60 / args.frame_skip, macro_block_size=2))
+        while playing.size:
+            if film and playing[0] == 0:
+                film.append_data(envs.render(env_ids=[0])[0])
+            logits = agent.policy(torch.from_numpy(obs).to(device).permute(0, 2, 3, 1)).output
+            noise = torch.empty_like(logits).exponential_(generator=generator)
+            actions = logits.argmax(1) if greedy else sample(logits, noise)
+            obs, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy(), playing)
+            returns[playing] += rewards
+            lengths[playing] += 1
+            ongoing = ~(terminated | truncated)
+            obs, playing = obs[ongoing], playing[ongoing]
+    envs.close()
+    return returns, lengths
+
+
+if __name__ == "__main__":
+    args = parse_args(Args)
+    check_args(args)
+    device = pick_device(args.device)
+    keep_freed_memory()
+    frames_per_iteration = args.batch_size * args.frame_skip
+    run = Run(args, args.num_iterations * frames_per_iteration)
+    if args.noop_max == 0:
+        run.say("--noop-max 0: envpool can't start a game without a no-op frame; each starts with one")
+
+    # Seeding
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    if args.torch_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not args.torch_deterministic
+
+    # Environments
+    seeds = rng.integers(2**31, size=args.num_envs).tolist()
+    envs = make_envs(args, args.num_envs, seeds, episodic_life=args.episodic_life, reward_clip=True)
+    num_actions = int(envs.action_space.n)
+
+    # Networks
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last  # MPS has had wrong results
+    agent = Agent(num_actions, args).to(device, memory_format=layout)
+    optimizers = make_optimizers(agent, args)
+    kl_coef = torch.tensor(args.kl_coef, device=device)
+    act = torch.no_grad()(agent.policy)
+    if args.compile:
+        act, losses = compiled(act, device), compiled(losses, device)
+
+    def checkpoint(iteration):
+        state = {
+            "script": os.path.basename(__file__),
+            "agent": agent.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "kl_coef": kl_coef.item(),
+            "num_actions": num_actions,
+            "iteration": iteration,
+            "global_step": iteration * frames_per_iteration,
+            "episodes": episodes,
+            "random_states": {**random_states(device), "numpy": rng.bit_generator.state},
+        }
+        run.save_checkpoint(iteration * frames_per_iteration, state)
+
+    start_time = time.time()
+    T, N, B = args.num_steps, args.num_envs, args.batch_size
+    diagnostics_interval = args.diagnostics_interval or math.ceil(args.num_iterations / 1000)
+    checkpoints = milestones(args.num_iterations, 0.025)
+    evaluations = milestones(args.num_iterations, args.eval_interval or 1) if args.eval_episodes else set()
+    obs = torch.empty((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
+    obs[0] = torch.from_numpy(envs.reset()[0]).permute(0, 2, 3, 1)
+    running, episodes, recent_returns = np.zeros((2, N)), 0, deque(maxlen=100)
+    shown = {}
+    checkpoint(0)
+
+    for iteration in range(1, args.num_iterations + 1):
+        diagnosed = (iteration - 1) % diagnostics_interval == 0 or iteration == args.num_iterations
+        previous_step, global_step = (iteration - 1) * frames_per_iteration, iteration * frames_per_iteration
+        scalars = {}
+
+        # Rollout
+        rollout_start = time.time()
+        noise = torch.empty((T, N, num_actions), device=device).exponential_()
+        transitions, games = rollout(envs, act, obs, noise, running, diagnosed)
+        for agent_steps, game_return, game_length in games:
+            scalars_of_game = {"charts/episodic_return": game_return, "charts/episodic_length": game_length}
+            run.log(scalars_of_game, previous_step + agent_steps * args.frame_skip)
+            recent_returns.append(game_return)
+        if games:
+            episodes += len(games)
+            scalars["charts/rollout_return"] = np.mean([game[1] for game in games])
+            scalars["charts/rollout_length"] = np.mean([game[2] for game in games])
+
+        # Advantages, and everything flattened to (B, …)
+        update_start = time.time()
+        with torch.no_grad():
+            critic = agent.value(obs.flatten(0, 1), diagnosed)  # ((T + 1) * N, …): with the observation after it
+            values = critic.output.view(T + 1, N)
+            advantages, returns = gae(
+                transitions.rewards, values[:-1], values[1:], transitions.dones, args.gamma, args.gae_lambda
+            )
+        before = {
+            "actor": transitions.policy.map(lambda x: x.flatten(0, 1)),
+            "critic": critic.map(lambda x: x[: T * N]),
+        }
+        batch = {
+            "obs": obs[:-1].flatten(0, 1),
+            "actions": transitions.actions.flatten(),
+            "logits": before["actor"].output,
+            "values": values[:-1].flatten(),
+            "advantages": advantages.flatten(),
+            "returns": returns.flatten(),
+        }
+
+        # Update phase
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate(iteration, args)
+            if args.reset_optimizer:
+                optimizer.state.clear()
+        if diagnosed:
+            weights = {name: flat_weights(network) for name, network in agent.networks().items()}
+        order = torch.cat([torch.randperm(B, device=device) for _ in range(args.update_epochs)])
+        order = order.split(args.minibatch_size)
+        logged = []
+        for mb_inds in order:
+            mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}
+            stats = update(agent, losses, optimizers, mb, kl_coef, args)
+            logged.append(torch.stack(list(stats.values())))
+            if args.target_kl and stats["kl"].item() > args.target_kl:
+                break
+        updates = len(logged)
+        # The one transfer of the update phase: what was logged by name, a list over its minibatches
+        logged = dict(zip(stats, torch.stack(logged).T.tolist(), strict=True))
+        update_time = time.time() - update_start
+        kl = logged.pop("kl")
+        grad_norms = {name: logged.pop(f"{name}_grad_norm") for name in agent.networks()}
+        for name, over_minibatches in logged.items():
+            scalars[f"losses/first_minibatch/{name}"] = over_minibatches[0]
+            scalars[f"losses/last_minibatch/{name}"] = over_minibatches[-1]
+            scalars[f"losses/{name}"] = over_minibatches[-1]
+        scalars["losses/clipfrac"] = np.mean(logged["clipfrac"])
+        scalars["losses/early_stop"] = 1 - updates / len(order)
+        scalars["losses/kl_coef"] = kl_coef.item()
+        if args.kl_coef:
+            last_epoch = (updates - 1) // (B // args.minibatch_size) * (B // args.minibatch_size)
+            kl_coef.fill_(adapted_kl_coef(kl_coef.item(), np.mean(kl[last_epoch:]), args))
+        variance = returns.var()
+        if variance > 0:
+            scalars["losses/explained_variance"] = (1 - (returns - values[:-1]).var() / variance).item()
+        else:
+            run.say_once("losses/explained_variance is logged only where the returns of a rollout differ")
+        checked = {name: logged[name] for name in ("policy_loss", "value_loss", "entropy")}
+        for name, x in (checked | {f"{name}'s gradient norm": x for name, x in grad_norms.items()}).items():
+            if not all(map(math.isfinite, x)):
+                run.log(scalars, global_step)
+                run.close(exit_code=1)
+                fail(
+                    f"{name} is not finite in iteration {iteration}; {run.folder} has the checkpoints before it", code=1
+                )
+
+        # Diagnostics of the whole rollout, by the networks as they now are
+        if diagnosed:
+            diagnostics_start = time.time()
+            with torch.no_grad():
+                after = dict(zip(("actor", "critic"), agent(batch["obs"], True), strict=True))
+                scalars |= diagnose(before, after, batch["actions"], args)
+                for name, network in agent.networks().items():
+                    new = flat_weights(network)
+                    scalars[f"optim/{name}/grad_norm"] = np.mean(grad_norms[name])
+                    scalars[f"optim/{name}/update_norm"] = (new - weights[name]).norm().item()
+                    scalars[f"optim/{name}/weight_norm"] = new.norm().item()
+            for side in ("above", "below"):
+                if f"trust_region/ratio_{side}_std" not in scalars:
+                    run.say_once(
+                        f"trust_region/ratio_{side}_* and excess_ratio need ratios {side} the clip range (a std two)"
+                    )
+            del after
+            scalars["time/rollout"] = update_start - rollout_start
+            scalars["time/update"] = update_time
+            scalars["time/diagnostics"] = time.time() - diagnostics_start
+            shown["rank"] = scalars["representation/after/actor/pca_rank"]
+            shown["dead"] = scalars["representation/after/actor/dead_units"]
+        del critic, before, batch, transitions
+
+        scalars["charts/learning_rate"] = learning_rate(iteration, args)
+        scalars["charts/SPS"] = iteration * B / (time.time() - start_time)
+        scalars["charts/FPS"] = scalars["charts/SPS"] * args.frame_skip
+        run.log(scalars, global_step)
+        if recent_returns:
+            shown["return"] = np.mean(recent_returns)
+        run.progress(global_step, **shown)
+        if diagnosed:
+            run.report(global_step, scalars["charts/FPS"], **shown)
+        if iteration in checkpoints:
+            checkpoint(iteration)
+        if iteration in evaluations:
+            seeds = np.random.SeedSequence([args.seed, global_step]).generate_state(args.eval_episodes) // 2
+            for kind in ("sampled", "greedy"):
+                video = run.folder / "videos" / f"{global_step}-{kind}.mp4" if args.capture_video else None
+                results = evaluate(agent, args, device, seeds.tolist(), kind == "greedy", video)
+                names = ("episodic_return", "episodic_length")
+                run.log({f"eval/{kind}/{name}": x.mean() for name, x in zip(names, results, strict=True)}, global_step)
+                run.say(f"evaluation, {kind}: mean return {results[0].mean():.1f} of {args.eval_episodes} games")
+                if video:
+                    run.log_video(f"eval/{kind}/video", video, global_step)
+        obs[0] = obs[-1]
+
+    envs.close()
+    run.close()

@@ -1,0 +1,123 @@
+"""Sibling scripts differ in their algorithm and in nothing else: what is meant to be the same is so to the letter."""
+
+import ast
+import difflib
+import itertools
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# A new script is added here, with the blocks in which it differs from the others by design.
+SCRIPTS = ["ppo_atari", "ppo_atari_2models", "ppo_pfo_atari"]
+DIFFERENT = {
+    frozenset({"ppo_atari_2models", "ppo_pfo_atari"}): {
+        *("Args", "check_args", "NetworkOutput", "actor_loss", "critic_loss", "losses", "main"),
+    },
+    frozenset({"ppo_atari", "ppo_atari_2models"}): {"Args", "Agent", "make_optimizers", "update"},
+}
+DIFFERENT[frozenset({"ppo_atari", "ppo_pfo_atari"})] = set.union(*DIFFERENT.values())
+# Every line in which two scripts differ names one of these.
+WORDS = {
+    frozenset({"ppo_atari_2models", "ppo_pfo_atari"}): ("pfo", "held", "all_layers", "diagnosed"),
+    frozenset({"ppo_atari", "ppo_atari_2models"}): (),
+}
+
+
+def source(name):
+    return (ROOT / f"{name}.py").read_text()
+
+
+def blocks(name):
+    """The top-level blocks of a script by name, comments included: functions, classes, constants, the main block."""
+    text = source(name)
+    lines, found = text.splitlines(), {}
+    nodes = ast.parse(text).body
+    for node, following in itertools.zip_longest(nodes, nodes[1:]):
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+        last = (
+            min([following.lineno, *(d.lineno for d in getattr(following, "decorator_list", []))])
+            if following
+            else None
+        )
+        title = getattr(node, "name", None)
+        if isinstance(node, ast.Assign):
+            title = node.targets[0].id
+        elif isinstance(node, ast.If):
+            title = "main"
+        if title:
+            found[title] = "\n".join(lines[first - 1 : last - 1 if last else None]).rstrip()
+    return found
+
+
+def fields(name):
+    """The source of each field of a script's Args, its help text included."""
+    text = source(name)
+    (args,) = (node for node in ast.parse(text).body if getattr(node, "name", "") == "Args")
+    lines, found = text.splitlines(), {}
+    for node, doc in itertools.pairwise(args.body):
+        if isinstance(node, ast.AnnAssign):
+            assert isinstance(doc, ast.Expr), f"{name}: {node.target.id} has no help text"
+            found[node.target.id] = "\n".join(lines[node.lineno - 1 : doc.end_lineno])
+    return found
+
+
+PAIRS = list(itertools.combinations(SCRIPTS, 2))
+
+
+@pytest.mark.parametrize("one, other", PAIRS)
+def test_shared_blocks_are_the_same_to_the_letter(one, other):
+    mine, theirs = blocks(one), blocks(other)
+    assert {"Args", "rollout", "gae", "diagnose", "evaluate", "main"} <= mine.keys() & theirs.keys()
+    different = {title for title in mine.keys() & theirs.keys() if mine[title] != theirs[title]}
+    assert different <= DIFFERENT[frozenset({one, other})]
+
+
+@pytest.mark.parametrize("one, other", PAIRS)
+def test_shared_flags_are_the_same_to_the_letter(one, other):
+    mine, theirs = fields(one), fields(other)
+    different = {name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name]}
+    assert different <= ({"max_grad_norm"} if "ppo_atari" in (one, other) else set())
+    assert {name for name in mine.keys() ^ theirs.keys() if "pfo" not in name} == set()
+
+
+@pytest.mark.parametrize("pair", WORDS, ids=lambda pair: " ".join(sorted(pair)))
+def test_the_main_blocks_differ_in_the_algorithm_alone(pair):
+    one, other = (blocks(name)["main"].splitlines() for name in sorted(pair))
+    for line in difflib.ndiff(one, other):
+        if line[0] in "+-":
+            assert any(word in line for word in WORDS[pair]), line
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_import_only_common_of_this_project(name):
+    own = {path.stem for path in ROOT.glob("*.py")} | {"benchmark", "tests"}
+    for node in ast.walk(ast.parse(source(name))):
+        modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+        modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        assert not own & {module.split(".")[0] for module in modules}
+
+
+def test_common_imports_no_script():
+    own = {path.stem for path in ROOT.glob("*.py")} | {"benchmark", "tests"}
+    for path in (ROOT / "common").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not own & {module.split(".")[0] for module in modules}, path
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_first_lines_hold_commands_that_parse(name, monkeypatch):
+    """The commands in a script's head are complete: each is accepted as it stands."""
+    import importlib
+    import shlex
+    import sys
+
+    script = importlib.import_module(name)
+    head = source(name).split("\nimport ")[0].replace("\\\n#", " ")
+    commands = [line[line.index("python ") :] for line in head.splitlines() if f"python {name}.py" in line]
+    assert len(commands) >= 3
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", shlex.split(command.split("  ")[0] if "  #" in command else command)[1:])
+        script.check_args(script.parse_args(script.Args))
