@@ -585,7 +585,7 @@ if __name__ == "__main__":
     frames_per_iteration = args.batch_size * args.frame_skip
     run = Run(args, args.num_iterations * frames_per_iteration)
     if args.noop_max == 0:
-        run.say("--noop-max 0: envpool can't start a game without a no-op frame; each starts with one")
+        run.say("--noop-max 0: becomes envpool's least, one no-op frame after a reset")
 
     # Seeding
     torch.manual_seed(args.seed)

@@ -1,4 +1,4 @@
-"""Draws what matters of some runs of one setting over training: a line for each run.
+"""Draws what matters of some runs of one setting over training, a line for each run, and prints their last returns:
 
 python -m benchmark.curves runs/Phoenix-v5__ppo_pfo_atari__* --output curves.png
 """
@@ -25,7 +25,8 @@ PANELS = (
     ("trust_region/excess_ratio", "excess ratio, mean of 10 rollouts"),
     ("losses/entropy", "entropy of the policy in nats"),
 )
-AVERAGED = {"charts/episodic_return": 30, "trust_region/excess_ratio": 10}
+LAST = 30  # games
+AVERAGED = {"charts/episodic_return": LAST, "trust_region/excess_ratio": 10}
 # Okabe and Ito's palette, which the colour-blind can tell apart; the line styles serve a print in grey.
 COLOURS, STYLES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), ("-", "--", ":", "-.")
 
@@ -48,10 +49,24 @@ def moving_average(values, width):
     return (total[last] - total[first]) / (last - first)
 
 
+def bootstrap_interval(samples, rng, resamples=10_000):
+    """95 % percentile bootstrap interval of the mean of ``samples``.
+
+    A list of arrays is resampled twice, the arrays and the values in each: for games of several runs.
+    """
+    if isinstance(samples, list):
+        chosen = rng.integers(len(samples), size=(resamples, len(samples)))
+        means = [np.mean([rng.choice(samples[i], len(samples[i])).mean() for i in row]) for row in chosen]
+    else:
+        means = rng.choice(samples, (resamples, len(samples))).mean(1)
+    return np.percentile(means, [2.5, 97.5])
+
+
 if __name__ == "__main__":
     args = parse_args(Args)
     if not args.runs:
         fail("RUNS: name at least one run's folder, as runs/*")
+    last_returns, rng = [], np.random.default_rng(0)
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
     for i, run in enumerate(args.runs):
         if not list(run.glob("events.out.tfevents.*")):
@@ -70,6 +85,14 @@ if __name__ == "__main__":
                     label=f"seed {run.name.split('__')[-2]}",
                     **style,
                 )
+        if "charts/episodic_return" in events.Tags()["scalars"]:
+            last_returns.append(np.array([event.value for event in events.Scalars("charts/episodic_return")][-LAST:]))
+            low, high = bootstrap_interval(last_returns[-1], rng)
+            mean, games = last_returns[-1].mean(), len(last_returns[-1])
+            print(f"{run.name}: last {games} games return {mean:.0f}, 95 % interval {low:.0f} to {high:.0f}")
+    if len(last_returns) > 1:
+        (low, high), mean = bootstrap_interval(last_returns, rng, 2_000), np.mean([x.mean() for x in last_returns])
+        print(f"{len(last_returns)} runs: {mean:.0f}, 95 % interval {low:.0f} to {high:.0f} over runs and games")
     figure.suptitle(args.title or "__".join(args.runs[0].name.split("__")[:2]))
     axes.flat[0].legend()
     figure.savefig(args.output, dpi=110)

@@ -20,7 +20,7 @@ import matplotlib
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmark.curves import moving_average
+from benchmark.curves import LAST, bootstrap_interval, moving_average
 from common.run import check_range, fail, parse_args
 
 matplotlib.use("Agg")
@@ -30,7 +30,6 @@ from matplotlib.ticker import EngFormatter
 ROOT = Path(__file__).resolve().parent.parent
 CLASSIC = "--frame-skip 4 --repeat-action-probability 0 --noop-max 30 --fire-reset --episodic-life "
 CLASSIC += "--layer-init orthogonal --anneal-lr --clip-vloss --adam-eps 1e-5 --vf-coef 0.5"
-LAST = 30
 
 
 @dataclass
@@ -103,11 +102,6 @@ def train_stable_baselines3(args, seed):
 IMPLEMENTATIONS = {"ppo_atari.py": train_ours, "Stable-Baselines3": train_stable_baselines3}
 
 
-def interval(values, rng):
-    """95 % bootstrap interval of the mean."""
-    return np.percentile(rng.choice(values, (10_000, len(values))).mean(1), [2.5, 97.5])
-
-
 if __name__ == "__main__":
     args = parse_args(Args)
     check_range(args, "total_timesteps", low=4096)
@@ -129,7 +123,7 @@ if __name__ == "__main__":
                 with open(path, "w", newline="") as file:
                     csv.writer(file).writerows([("frames", "return"), *games])
             frames, returns = np.loadtxt(path, delimiter=",", skiprows=1, unpack=True)
-            low, high = interval(returns[-LAST:], rng)
+            low, high = bootstrap_interval(returns[-LAST:], rng)
             finals.append(returns[-LAST:].mean())
             rows.append(f"| {name} | {seed} | {len(returns)} | {finals[-1]:.2f} | {low:.2f} to {high:.2f} |")
             label = name if seed == args.seeds[0] else None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import ppo_pfo_atari
+from benchmark.curves import bootstrap_interval
 from common.run import check_range, parse_args
 
 
@@ -21,12 +22,6 @@ class Args:
     """games to play, one in each of as many environments"""
     seed: int = 1
     """seed of the actions and of the environments"""
-
-
-def bootstrap_interval(values, rng, resamples=10_000):
-    """The 2.5 and 97.5 percentiles of the mean of ``values`` resampled."""
-    means = rng.choice(values, (resamples, len(values))).mean(1)
-    return np.percentile(means, [2.5, 97.5])
 
 
 if __name__ == "__main__":
