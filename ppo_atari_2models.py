@@ -380,7 +380,6 @@ def critic_loss(newvalue, mb, args):
         v_loss = torch.max(v_loss, (v_clipped - mb["returns"]).square())
 
     v_loss = 0.5 * v_loss.mean()
-
     return args.vf_coef * v_loss, {"value_loss": v_loss}
 
 

@@ -1,10 +1,10 @@
 """Does ppo_atari.py learn as fast as an implementation that nobody here wrote?
 
     pip install stable-baselines3==2.9.2 opencv-python-headless==5.0.0.93
-    python -m benchmark.learning_check --env-id Boxing-v5 --total-timesteps 400000 --seeds 1 2 3
+    python -m benchmark.learning_check --env-id Breakout-v5 --total-timesteps 400000 --seeds 1 2 3
 
 Trains ppo_atari.py in CleanRL's classic setting and Stable-Baselines3's PPO with equal hyperparameters, some seeds
-each, and writes the games' returns (CSV), a plot, and a table of the means of the last 30 games. A run whose CSV is
+each, and writes the games' returns (CSV), a plot, and a table of the means of the last 100 games. A run whose CSV is
 there is not repeated. What is not equal: Stable-Baselines3 clips the value alone where ppo_atari.py, as CleanRL, takes
 the larger of two losses; it resizes frames with OpenCV; and its environments are ALE's own, stepped one by one.
 """
@@ -20,7 +20,7 @@ import matplotlib
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmark.curves import LAST, bootstrap_interval, moving_average
+from benchmark.curves import bootstrap_interval, moving_average
 from common.run import check_range, fail, parse_args
 
 matplotlib.use("Agg")
@@ -31,10 +31,12 @@ ROOT = Path(__file__).resolve().parent.parent
 CLASSIC = "--frame-skip 4 --repeat-action-probability 0 --noop-max 30 --fire-reset --episodic-life "
 CLASSIC += "--layer-init orthogonal --anneal-lr --clip-vloss --adam-eps 1e-5 --vf-coef 0.5"
 
+LAST = 100  # games
+
 
 @dataclass
 class Args:
-    env_id: str = "Boxing-v5"
+    env_id: str = "Breakout-v5"
     """an Atari game"""
     total_timesteps: int = 400_000
     """length of each run in emulator frames"""
@@ -57,6 +59,8 @@ def train_ours(args, seed):
 
 def train_stable_baselines3(args, seed):
     """The same of Stable-Baselines3's PPO."""
+    import ale_py
+    import gymnasium
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env
@@ -74,6 +78,7 @@ def train_stable_baselines3(args, seed):
             self.games += [(4 * self.num_timesteps, float(score)) for score in ended]
             return True
 
+    gymnasium.register_envs(ale_py)
     settings = {"frameskip": 1, "repeat_action_probability": 0.0}
     envs = VecFrameStack(make_atari_env(f"ALE/{args.env_id}", n_envs=8, seed=seed, env_kwargs=settings), 4)
     model = PPO(
@@ -99,6 +104,12 @@ def train_stable_baselines3(args, seed):
     return callback.games
 
 
+def commonest(returns):
+    """The commonest return above the median and how often it stands: games that repeat each other show in it."""
+    values, counts = np.unique(returns[returns > np.median(returns)], return_counts=True)
+    return f"{values[counts.argmax()]:.0f}, {counts.max()} times" if len(values) else "–"
+
+
 IMPLEMENTATIONS = {"ppo_atari.py": train_ours, "Stable-Baselines3": train_stable_baselines3}
 
 
@@ -120,12 +131,18 @@ if __name__ == "__main__":
             path = args.output / f"{args.env_id}__{name.split('.')[0]}__{seed}.csv"
             if not path.is_file():
                 games = train(args, seed)
-                with open(path, "w", newline="") as file:
+                unfinished = path.with_suffix(".tmp")
+                with open(unfinished, "w", newline="") as file:
                     csv.writer(file).writerows([("frames", "return"), *games])
+                unfinished.rename(path)
             frames, returns = np.loadtxt(path, delimiter=",", skiprows=1, unpack=True)
             low, high = bootstrap_interval(returns[-LAST:], rng)
             finals.append(returns[-LAST:].mean())
-            rows.append(f"| {name} | {seed} | {len(returns)} | {finals[-1]:.2f} | {low:.2f} to {high:.2f} |")
+            first, median, share = returns[:LAST].mean(), np.median(returns[-LAST:]), commonest(returns[-LAST:])
+            rows.append(
+                f"| {name} | {seed} | {len(returns)} | {first:.2f} | {finals[-1]:.2f} | {low:.2f} to {high:.2f} "
+                f"| {median:.0f} | {share} |"
+            )
             label = name if seed == args.seeds[0] else None
             axis.plot(frames, moving_average(returns, LAST), color=colour, linestyle=style, label=label)
         means[name] = np.mean(finals)
@@ -140,8 +157,9 @@ if __name__ == "__main__":
         f"# {args.env_id}, {args.total_timesteps} frames, the last {LAST} games of each run\n",
         f"`python -m benchmark.learning_check --env-id {args.env_id} --total-timesteps {args.total_timesteps} "
         f"--seeds {' '.join(map(str, args.seeds))}`\n",
-        "| implementation | seed | games | mean return | 95 % interval over games |",
-        "|---|---|---|---|---|",
+        f"| implementation | seed | games | mean of the first {LAST} | of the last {LAST} | 95 % interval over games "
+        "| median | commonest return above the median |",
+        "|---|---|---|---|---|---|---|---|",
         *rows,
         f"\nMean over seeds: ppo_atari.py {ours:.2f}, Stable-Baselines3 {theirs:.2f}, ratio {ours / theirs:.2f}.",
     ]
