@@ -11,8 +11,8 @@ ENV PYTHONUNBUFFERED=1 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
-# g++ is what --compile needs.
-RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+# g++ is what --compile needs, the others what --capture-video does on MuJoCo.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ libegl1 libgl1-mesa-dri && rm -rf /var/lib/apt/lists/*
 
 RUN useradd --create-home --uid 1000 ppo
 WORKDIR /home/ppo

@@ -8,6 +8,7 @@
 # the collapse
 #   python ppo_atari_2models.py --env-id Phoenix-v5 --update-epochs 8
 import contextlib
+import copy
 import difflib
 import math
 import os
@@ -27,7 +28,19 @@ from envpool.atari.registration import atari_game_list
 from torch import Tensor
 
 from common.feature_rank import dead_units, dormant_fraction, feature_ranks, feature_stats, mean_norm, policy_variance
-from common.run import Run, check_range, fail, keep_freed_memory, milestones, parse_args, pick_device, random_states
+from common.run import (
+    Run,
+    StopRequest,
+    check_range,
+    fail,
+    find_checkpoint,
+    keep_freed_memory,
+    milestones,
+    parse_args,
+    pick_device,
+    random_states,
+    restore,
+)
 from common.trust_region import categorical_kl, feature_drift, ratio_stats
 
 
@@ -61,6 +74,13 @@ class Args:
     """share of the run (0.1: every tenth of it) after which to evaluate as well; 0 evaluates at the end alone"""
     capture_video: bool = False
     """record the first episode of each evaluation as mp4"""
+
+    # Checkpoints
+    checkpoint_interval: float = 0.005
+    """share of the run after which checkpoints/latest.pt is written anew; every 2.5 % it is kept under its own name"""
+    resume: str = ""
+    """go on with the run in this folder (flags left out are as they were), or auto: the newest unfinished run in runs/
+    of the same arguments, else a new one; environments begin new episodes, and --total-timesteps may grow"""
 
     # Environment
     env_id: str = "Phoenix-v5"
@@ -161,6 +181,7 @@ def check_args(args):
     check_range(args, "ent_coef vf_coef kl_coef target_kl", low=0, high=1e6)
     check_range(args, "gamma gae_lambda repeat_action_probability eval_interval", low=0, high=1)
     check_range(args, "adam_beta1 adam_beta2", low=0, below=1)
+    check_range(args, "checkpoint_interval", above=0, high=1)
     args.batch_size = args.num_envs * args.num_steps
     if args.batch_size == 1:
         fail("--num-steps 1: must make rollouts of at least 2 transitions, with more steps or --num-envs")
@@ -327,10 +348,12 @@ def gae(rewards, values, next_values, dones, gamma, gae_lambda):
 
     All arguments have that shape. Nothing is bootstrapped past a ``done``: a time limit is a termination.
     """
-    advantages, lastgaelam = torch.zeros_like(rewards), 0
-    for t in reversed(range(len(rewards))):
-        delta = rewards[t] + gamma * next_values[t] * (1 - dones[t]) - values[t]
-        advantages[t] = lastgaelam = delta + gamma * gae_lambda * (1 - dones[t]) * lastgaelam
+    deltas = rewards + gamma * next_values * (1 - dones) - values
+    decays = gamma * gae_lambda * (1 - dones)
+    advantages = [torch.zeros_like(values[0])]
+    for delta, decay in zip(deltas.flip(0).unbind(), decays.flip(0).unbind(), strict=True):
+        advantages.append(torch.addcmul(delta, decay, advantages[-1]))
+    advantages = torch.stack(advantages[:0:-1])
     return advantages, advantages + values
 
 
@@ -516,14 +539,14 @@ if __name__ == "__main__":
     check_args(args)
     device = pick_device(args.device)
     keep_freed_memory()
-    frames_per_iteration = args.batch_size * args.frame_skip
-    run = Run(args, args.num_iterations * frames_per_iteration)
-    if args.noop_max == 0:
-        run.say("--noop-max 0: becomes envpool's least, one no-op frame after a reset")
+    restored = {"num_actions": int, "kl_coef": float, "episodes": int, "recent_returns": list}
+    checkpoint = find_checkpoint(args, os.path.basename(__file__), **restored)
 
     # Seeding
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
+    if checkpoint:
+        rng.bit_generator.state = checkpoint["random_states"]["numpy"]  # so the environments get seeds of their own
     if args.torch_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
         torch.use_deterministic_algorithms(True)
@@ -539,12 +562,21 @@ if __name__ == "__main__":
     agent = Agent(num_actions, args).to(device, memory_format=layout)
     optimizers = make_optimizers(agent, args)
     kl_coef = torch.tensor(args.kl_coef, device=device)
+    if checkpoint:
+        restore(checkpoint, agent, optimizers, device)
+        kl_coef.fill_(checkpoint["kl_coef"])
     act = torch.no_grad()(agent.policy)
     if args.compile:
         act, losses = compiled(act, device), compiled(losses, device)
 
-    def checkpoint(iteration):
-        state = {
+    # The run's folder: from here on, something is written
+    frames_per_iteration = args.batch_size * args.frame_skip
+    run = Run(args, args.num_iterations * frames_per_iteration, checkpoint)
+    if args.noop_max == 0:
+        run.say("--noop-max 0: becomes envpool's least, one no-op frame after a reset")
+
+    def state(iteration):
+        return {
             "script": os.path.basename(__file__),
             "agent": agent.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -553,25 +585,38 @@ if __name__ == "__main__":
             "iteration": iteration,
             "global_step": iteration * frames_per_iteration,
             "episodes": episodes,
+            "recent_returns": list(map(float, recent_returns)),
             "random_states": {**random_states(device), "numpy": rng.bit_generator.state},
         }
-        run.save_checkpoint(iteration * frames_per_iteration, state)
 
+    def stop(broken):
+        run.save_checkpoint(previous_step, good)
+        run.close(exit_code=1)
+        fail(f"the {broken} is not finite in iteration {iteration}; {run.folder} holds the state before it", code=1)
+
+    interrupted = StopRequest()
     start_time = time.time()
     T, N, B = args.num_steps, args.num_envs, args.batch_size
     diagnostics_interval = args.diagnostics_interval or math.ceil(args.num_iterations / 1000)
-    checkpoints = milestones(args.num_iterations, 0.025)
+    snapshots = milestones(args.num_iterations, 0.025) | {0}
+    checkpoints = milestones(args.num_iterations, args.checkpoint_interval) | snapshots
     evaluations = milestones(args.num_iterations, args.eval_interval or 1) if args.eval_episodes else set()
     obs = torch.empty((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
     obs[0] = torch.from_numpy(envs.reset()[0]).permute(0, 2, 3, 1)
     running, episodes, recent_returns = np.zeros((2, N)), 0, deque(maxlen=100)
     shown = {}
-    checkpoint(0)
+    done = 0  # iterations before this process
+    if checkpoint:
+        done, episodes = checkpoint["iteration"], checkpoint["episodes"]
+        recent_returns.extend(checkpoint["recent_returns"])
+    else:
+        run.save_checkpoint(0, state(0))
 
-    for iteration in range(1, args.num_iterations + 1):
+    for iteration in range(done + 1, args.num_iterations + 1):
         diagnosed = (iteration - 1) % diagnostics_interval == 0 or iteration == args.num_iterations
         previous_step, global_step = (iteration - 1) * frames_per_iteration, iteration * frames_per_iteration
         scalars = {}
+        good = copy.deepcopy(state(iteration - 1))
 
         # Rollout
         rollout_start = time.time()
@@ -645,13 +690,11 @@ if __name__ == "__main__":
         else:
             run.say_once("losses/explained_variance is logged only where the returns of a rollout differ")
         checked = {name: logged[name] for name in ("policy_loss", "value_loss", "entropy")}
+        checked |= {f"{name}'s weight": [flat_weights(x).abs().max().item()] for name, x in agent.networks().items()}
         for name, x in (checked | {f"{name}'s gradient norm": x for name, x in grad_norms.items()}).items():
             if not all(map(math.isfinite, x)):
                 run.log(scalars, global_step)
-                run.close(exit_code=1)
-                fail(
-                    f"{name} is not finite in iteration {iteration}; {run.folder} has the checkpoints before it", code=1
-                )
+                stop(name)
 
         # Diagnostics of the whole rollout, by the networks as they now are
         if diagnosed:
@@ -678,7 +721,7 @@ if __name__ == "__main__":
         del critic, before, batch, transitions
 
         scalars["charts/learning_rate"] = learning_rate(iteration, args)
-        scalars["charts/SPS"] = iteration * B / (time.time() - start_time)
+        scalars["charts/SPS"] = (iteration - done) * B / (time.time() - start_time)
         scalars["charts/FPS"] = scalars["charts/SPS"] * args.frame_skip
         run.log(scalars, global_step)
         if recent_returns:
@@ -686,19 +729,28 @@ if __name__ == "__main__":
         run.progress(global_step, **shown)
         if diagnosed:
             run.report(global_step, scalars["charts/FPS"], **shown)
-        if iteration in checkpoints:
-            checkpoint(iteration)
         if iteration in evaluations:
             seeds = np.random.SeedSequence([args.seed, global_step]).generate_state(args.eval_episodes) // 2
             for kind in ("sampled", "greedy"):
                 video = run.folder / "videos" / f"{global_step}-{kind}.mp4" if args.capture_video else None
-                results = evaluate(agent, args, device, seeds.tolist(), kind == "greedy", video)
+                try:
+                    results = evaluate(agent, args, device, seeds.tolist(), kind == "greedy", video)
+                except OSError as error:
+                    run.say(f"{video}: can't be written ({error.strerror or 'ffmpeg failed'}); it is left out")
+                    video = None
+                    results = evaluate(agent, args, device, seeds.tolist(), kind == "greedy")
                 names = ("episodic_return", "episodic_length")
                 run.log({f"eval/{kind}/{name}": x.mean() for name, x in zip(names, results, strict=True)}, global_step)
                 run.say(f"evaluation, {kind}: mean return {results[0].mean():.1f} of {args.eval_episodes} games")
                 if video:
                     run.log_video(f"eval/{kind}/video", video, global_step)
+        # Last, since what was logged up to a checkpoint is what a resumed run keeps
+        if iteration in checkpoints or interrupted:
+            run.save_checkpoint(global_step, state(iteration), iteration in snapshots)
+        if interrupted:
+            break
         obs[0] = obs[-1]
 
     envs.close()
-    run.close()
+    run.close(interrupted.exit_code)
+    sys.exit(interrupted.exit_code)

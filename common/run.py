@@ -1,4 +1,4 @@
-"""A run's housekeeping: command line, device, folder, event file, W&B, console and checkpoints.
+"""A run's housekeeping: command line, device, folder, event file, W&B, console, checkpoints, resuming and signals.
 
 Nothing here knows an algorithm. A script from which every call of this module is deleted still learns.
 """
@@ -6,6 +6,8 @@ Nothing here knows an algorithm. A script from which every call of this module i
 import contextlib
 import ctypes
 import dataclasses
+import functools
+import glob
 import importlib.metadata
 import io
 import itertools
@@ -13,15 +15,33 @@ import math
 import os
 import platform
 import re
+import secrets
+import signal
 import subprocess
 import sys
 import time
+import types
+import typing
 from pathlib import Path
 
 import torch
 import tyro
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from common.checkpoint import BadCheckpoint, check_like, load_checkpoint, write_file
+from common.events import EventFile, drop_events
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks; there, nothing keeps two processes from resuming one run
+    fcntl = None
+
+# Flags that may differ from those of the run that is resumed: they leave what is learnt as it is, but for rounding.
+MAY_DIFFER = {
+    *("resume", "device", "torch_deterministic", "torch_threads", "compile", "track", "wandb_project_name"),
+    *("wandb_entity", "wandb_mode", "diagnostics_interval", "checkpoint_interval", "eval_episodes", "eval_interval"),
+    "capture_video",
+}
 
 
 def fail(message, code=2):
@@ -31,11 +51,43 @@ def fail(message, code=2):
 
 
 def parse_args(args_class):
-    """The command line as an instance of the dataclass ``args_class``; a wrong one costs one line and exit code 2."""
+    """The command line as an instance of the dataclass ``args_class``; a wrong one costs one line and exit code 2.
+
+    With ``--resume runs/RUN``, what the command line leaves out is as it was in that run.
+    """
+    args = _parse(args_class)
+    _check_names(args)
+    resume = getattr(args, "resume", "")
+    folders = [resume] if isinstance(resume, str) else list(resume)
+    if folders in ([], [""], ["auto"]):
+        return args
+    was = [_newest_checkpoint(Path(folder)) for folder in folders]
+    # A script that trains several seeds at once goes on with a run of each.
+    values = {**was[0]["args"], "seeds": tuple(one["args"].get("seed") for one in was), "resume": resume}
+    kinds = {name: kind for name, kind in typing.get_type_hints(args_class).items() if hasattr(args, name)}
+    for name, kind in kinds.items():
+        if name not in values or not _fits(values[name], kind):
+            flag = f"--{name.replace('_', '-')}"
+            fail(f"--resume {folders[0]}: was made by {was[0]['script']} with other flags than these: {flag}"[:300])
+    return _parse(args_class, args_class(**{name: values[name] for name in kinds}))
+
+
+def _check_names(args):
+    for name, allowed, what in (
+        ("exp_name", r"[\w.+-]{1,100}", "1 to 100 letters, digits and . _ + -, to be part of a folder's name"),
+        ("wandb_project_name", r"[^/\\#?%:\x00-\x1f]{1,128}", "1 to 128 characters without / \\ # ? % :"),
+        ("wandb_entity", r"[\w.-]{1,128}", "the name of a W&B team or account"),
+    ):
+        value = getattr(args, name, None)
+        if value is not None and not re.fullmatch(allowed, value):
+            fail(f"--{name.replace('_', '-')} {value!r}: must be {what}")
+
+
+def _parse(args_class, default=None):
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(args_class)
+            return tyro.cli(args_class, default=default)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -132,22 +184,283 @@ def random_states(device):
     return states
 
 
+def read_checkpoint(path, **types):
+    """As ``load_checkpoint``, but a file that it refuses costs one line and exit code 2."""
+    try:
+        return load_checkpoint(path, **types)
+    except BadCheckpoint as error:
+        fail(f"{path}: can't be read, {error}")
+
+
+def _fits(value, kind):
+    """Whether a field annotated as ``kind`` may have the plain ``value``."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return isinstance(value, str | int) and value in parts
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple:
+        parts = parts[:1] * len(value) if isinstance(value, tuple) and ... in parts else parts
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _checkpoints(folder, types):
+    """Yield the checkpoints in a run's folder, newest first; those that can't be read are named and passed over.
+
+    Raises BadCheckpoint if there is none.
+    """
+    numbered = {int(path.stem): path for path in folder.glob("checkpoints/*.pt") if path.stem.isdecimal()}
+    rolling = [folder / "checkpoints" / name for name in ("latest.pt", "previous.pt")]
+    paths = [*filter(Path.exists, rolling), *(numbered[step] for step in sorted(numbered, reverse=True))]
+    if not paths:
+        raise BadCheckpoint("must be auto, or a run's folder with checkpoints in it")
+    damaged, found = [], False
+    for path in paths:
+        try:
+            checkpoint = load_checkpoint(path, **types)
+        except BadCheckpoint as error:
+            damaged.append(f"{path.name} can't be read, {error}")
+            continue
+        if damaged:
+            others = f" (and {len(damaged) - 1} older ones)" if damaged[1:] else ""
+            _say_once(f"{folder}: {damaged[0]}{others}; {path.name} is used instead")
+            damaged.clear()
+        found = True
+        yield checkpoint
+    if not found:
+        raise BadCheckpoint(f"none of its {len(damaged)} checkpoints can be read; {damaged[0]}")
+
+
+@functools.cache
+def _say_once(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+def _newest_checkpoint(folder, types=types.MappingProxyType({})):
+    try:
+        return next(_checkpoints(folder, types))
+    except BadCheckpoint as error:
+        fail(f"--resume {folder}: {error}")
+
+
+_locks = {}  # by run folder, held until this process ends, however it ends
+
+
+def _lock(folder):
+    """Keep other processes from the run in ``folder``; False if one of them is at it."""
+    if fcntl is None or folder.resolve() in _locks or not folder.is_dir():
+        return True
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return False
+    except OSError:  # a file system without locks, as some of the networked ones
+        os.close(descriptor)
+        return True
+    _locks[folder.resolve()] = descriptor
+    return True
+
+
+def find_checkpoint(args, script, **types):
+    """The checkpoint from which the run that ``--resume`` names goes on, or None for a new run.
+
+    args: checked, with ``resume`` a run's folder, ``auto`` (the newest unfinished run of these arguments under runs/)
+    or nothing. script: the name of the file that made it. types: the keys that the script restores, with their types.
+    Arguments that contradict the checkpoint are refused by name; ``total_timesteps`` may grow. If the run is finished,
+    this says so and ends the process with exit code 0.
+    """
+    return find_checkpoints([args], script, **types)[0]
+
+
+def find_checkpoints(runs, script, **types):
+    """As ``find_checkpoint`` for runs that are trained together: a list, all of the same iteration, or all None.
+
+    runs: the arguments of each.
+    """
+    if not all(args.resume for args in runs):
+        return [None] * len(runs)
+    auto = all(args.resume == "auto" for args in runs)
+    folders = [_newest_run(args, script, types, len(runs) == 1) if auto else Path(args.resume) for args in runs]
+    nothing = "--resume auto: runs/ has no unfinished run of these arguments; a new one starts"
+    if None in folders:
+        print(nothing, flush=True)
+        return [None] * len(runs)
+    checkpoints = []
+    for args, folder in zip(runs, folders, strict=True):
+        if not _lock(folder):
+            fail(f"--resume {folder}: a process that is still alive is at this run")
+        checkpoints.append(_newest_checkpoint(folder, types))
+        if checkpoints[-1]["script"] != script:
+            fail(f"--resume {folder}: was made by {checkpoints[-1]['script']}, not by {script}"[:300])
+        if name := _contradiction(args, checkpoints[-1]):
+            flag, now, was = f"--{name.replace('_', '-')}", getattr(args, name), checkpoints[-1]["args"].get(name)
+            why = "may grow, not shrink; " if name == "total_timesteps" else "contradicts the run that is resumed: "
+            fail(f"{flag} {now}: {why}{folder} was started with {was}"[:300])
+    # A kill can come between the checkpoints of two runs; then those that are ahead go one back.
+    least = min(checkpoint["iteration"] for checkpoint in checkpoints)
+    for i, folder in enumerate(folders):
+        if checkpoints[i]["iteration"] > least:
+            checkpoints[i] = next(itertools.islice(_checkpoints(folder, types), 1, 2), checkpoints[i])
+        if checkpoints[i]["iteration"] != least:
+            fail(f"--resume {folder}: stands too far ahead of the others to go on with them; resume it alone")
+    if least >= runs[0].num_iterations:
+        if auto:
+            print(nothing, flush=True)
+            return [None] * len(runs)
+        names = " ".join(map(str, folders))
+        print(f"{names}: finished, nothing is left to do (a larger --total-timesteps goes on)", flush=True)
+        raise SystemExit(0)
+    if auto:
+        print(f"--resume auto: goes on with {' '.join(map(str, folders))}", flush=True)
+    return checkpoints
+
+
+def _contradiction(args, checkpoint):
+    """The first field of ``args`` that keeps the run of ``checkpoint`` from going on with them, or None."""
+    was = checkpoint["args"]
+    for name, value in dataclasses.asdict(args).items():
+        if name == "total_timesteps" and type(was.get(name)) is int:
+            if value < was[name]:
+                return name
+        elif name not in MAY_DIFFER | {"num_iterations"} and (name not in was or was[name] != value):
+            return name
+
+
+def _newest_run(args, script, types, unfinished):
+    """The folder of the newest run of the arguments ``args`` that no process is at, or None.
+
+    If ``unfinished``, it has iterations left; of runs that were trained together one may be finished, others not.
+    """
+    pattern = glob.escape(f"{args.env_id}__{args.exp_name}__{args.seed}__") + "*"
+    folders = [path for path in Path("runs").glob(pattern) if path.name.rpartition("__")[2].isdecimal()]
+    for folder in sorted(folders, key=lambda path: int(path.name.rpartition("__")[2]), reverse=True):
+        if not _lock(folder):
+            _say_once(f"--resume auto passes over {folder}: a process that is still alive is at it")
+            continue
+        try:
+            checkpoint = next(_checkpoints(folder, types))
+            same = checkpoint["script"] == script and not _contradiction(args, checkpoint)
+            same = same and checkpoint["args"]["total_timesteps"] == args.total_timesteps
+            if same and not (unfinished and checkpoint["iteration"] >= args.num_iterations):
+                return folder
+        except BadCheckpoint as error:
+            _say_once(f"--resume auto passes over {folder}: {error}")
+        if folder.resolve() in _locks:
+            os.close(_locks.pop(folder.resolve()))
+    return None
+
+
+def restore(checkpoint, agent, optimizers, device, **others):
+    """Put the networks, the optimisers' (Adam's) moments and PyTorch's random states back to where they were.
+
+    ``others`` are further dicts that the script will restore itself, like those under their names in the checkpoint.
+    A checkpoint that doesn't fit costs one line and exit code 2. Learning rates and the like are not taken from it.
+    """
+    try:
+        for name, wanted in others.items():
+            check_like(name, checkpoint[name], wanted)
+        check_like("agent", checkpoint["agent"], agent.state_dict())
+        agent.load_state_dict(checkpoint["agent"])
+        if len(checkpoint["optimizers"]) != len(optimizers):
+            raise BadCheckpoint(f"it has {len(checkpoint['optimizers'])} optimizers, not {len(optimizers)}")
+        for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            moments = saved["state"] if isinstance(saved, dict) and isinstance(saved.get("state"), dict) else {None: {}}
+            if moments and moments.keys() != set(range(len(params))):
+                raise BadCheckpoint("its optimizers are not those of its agent")
+            for i, ones in moments.items():
+                wanted = {"step": torch.tensor(0.0), "exp_avg": params[i], "exp_avg_sq": params[i]}
+                check_like("optimizers", ones, wanted)
+                # Copied, to lie in memory as the parameters do
+                moments[i] = {name: torch.empty_like(wanted[name]).copy_(ones[name]) for name in ones}
+            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        states = checkpoint["random_states"]
+        torch.set_rng_state(states["cpu"])
+        if device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], device)
+        if device.type == "mps" and "mps" in states:
+            torch.mps.set_rng_state(states["mps"])
+    except (BadCheckpoint, AttributeError, RuntimeError, TypeError) as error:
+        fail(f"{checkpoint['path']}: can't be resumed, {error}")
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C, noted for the training loop, which finishes its iteration and saves; one for the process.
+
+    ``exit_code`` is 0 until a signal comes, then 128 + its number: 143 or 130. A second one ends the process at once.
+    """
+
+    def __init__(self):
+        self.exit_code = 0
+        self.newline = "\n" if sys.stderr.isatty() else ""  # the progress bar's line has none
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        self.exit_code = 128 + number
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+        # Not print, which may itself be what the signal interrupted
+        name = signal.Signals(number).name
+        with contextlib.suppress(OSError):  # nobody is there to read it
+            line = f"{name}: finishing this iteration, then a checkpoint; a second one ends the process at once"
+            os.write(2, f"{self.newline}{line}\n".encode())
+
+    def __bool__(self):
+        return self.exit_code != 0
+
+
 class Run:
     """The folder ``runs/{env_id}__{exp_name}__{seed}__{time}`` and everything that is written to it.
 
     ``args`` is the script's dataclass. Its fields env_id, exp_name, seed, track, wandb_project_name, wandb_entity and
     wandb_mode are read here; all of them go into the hyperparameter table, W&B's config and every checkpoint.
-    ``total_steps`` is the run's length in environment steps, for the progress bar.
+    ``total_steps`` is the run's length in environment steps, for the progress bar, which calls one a ``unit``;
+    ``console`` is whether this run shows it, which of several runs in one process one does.
+    With a ``checkpoint`` (of ``find_checkpoint``) its folder and W&B run go on, and what they have of later steps goes.
     """
 
-    def __init__(self, args, total_steps):
-        if not re.fullmatch(r"[\w.+-]+", args.exp_name):
-            fail(f"--exp-name {args.exp_name!r}: must be letters, digits and . _ + -, to be part of a folder's name")
+    def __init__(self, args, total_steps, checkpoint=None, unit="frame", console=True):
+        _check_names(args)
         self.args = dataclasses.asdict(args)
         # Read now: whoever edits the code while this runs doesn't change what was run.
         self.origin = {"args": self.args, "versions": library_versions(), "git_revision": git_revision()}
         self.said = set()
-        self.bar = None
+        self.bar = self.wandb = None
+        self.total_steps, self.unit = total_steps, unit
+        start = checkpoint["global_step"] if checkpoint else 0
+        if checkpoint:
+            self._go_on(checkpoint)
+        else:
+            self._make_folder(args)
+        try:
+            self.events = EventFile(self.folder, after=start if checkpoint else None)
+            # The script too: --exp-name may be anything.
+            table = {"script": Path(sys.argv[0]).name, **self.args}
+            rows = "\n".join(f"|{key}|{value}|" for key, value in table.items())
+            step = start + 1 if checkpoint else 0
+            self.events.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step)
+        except OSError as error:
+            fail(f"{self.folder}: can't be written to ({error.strerror}); runs/ must be writable")
+        self.origin["wandb_id"] = (checkpoint or {}).get("wandb_id")
+        self.wandb_start = -1
+        if args.track:
+            self._start_wandb(args)
+        # A bar redraws its line, which makes a mess of a log file.
+        if console and sys.stderr.isatty():
+            options = {"unit": unit, "unit_scale": True, "dynamic_ncols": True, "smoothing": 0.05}
+            self.bar = tqdm(total=total_steps, initial=start, **options)
+        self.say(f"{self.folder}")
+        if checkpoint:
+            self.say(f"resumed from {checkpoint['path'].name} at {start:,} steps; the environments begin new episodes")
+            was, now = checkpoint["args"].get("total_timesteps"), self.args.get("total_timesteps")
+            if was != now:
+                self.say(f"--total-timesteps grew from {was:,} to {now:,}: from here on, schedules and grids follow it")
+
+    def _make_folder(self, args):
         while True:
             self.name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
             self.folder = Path("runs") / self.name
@@ -160,59 +473,110 @@ class Run:
                 time.sleep(0.2)  # another run took this second's name
             except OSError as error:
                 fail(f"{self.folder}: can't be created ({error.strerror}); runs/ must be writable")
-        self.writer = SummaryWriter(str(self.folder), flush_secs=20)
-        rows = "\n".join(f"|{key}|{value}|" for key, value in self.args.items())
-        self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-        self.wandb = self._start_wandb(args) if args.track else None
-        # A bar redraws its line, which makes a mess of a log file.
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=total_steps, unit="frame", unit_scale=True, dynamic_ncols=True, smoothing=0.05)
-        self.total_steps = total_steps
-        self.say(f"{self.folder}")
+        _lock(self.folder)
+
+    def _go_on(self, checkpoint):
+        """Take over the folder of ``checkpoint``, and drop from it what was logged and kept after it."""
+        self.folder = checkpoint["path"].parent.parent
+        self.name = self.folder.resolve().name
+        step = checkpoint["global_step"]
+        try:
+            drop_events(self.folder, step)
+            for path in [*self.folder.glob("checkpoints/*"), *self.folder.glob("videos/*")]:
+                number = re.match(r"\d+", path.name)
+                # A rolling checkpoint that was not chosen is later or damaged, but for the one before the chosen one.
+                before = path.name == "previous.pt" and checkpoint["path"].name == "latest.pt"
+                rolling = path.name in ("latest.pt", "previous.pt") and path != checkpoint["path"] and not before
+                if path.suffix == ".tmp":
+                    path.unlink()
+                elif path.suffix != ".damaged" and (rolling or (number and int(number[0]) > step)):
+                    try:
+                        if path.suffix == ".pt":
+                            load_checkpoint(path)
+                        path.unlink()
+                    except BadCheckpoint:  # kept: what can't be read here and now may still be of use
+                        path.rename(f"{path}.damaged")
+        except OSError as error:
+            fail(f"{self.folder}: can't be written to ({error.strerror}); runs/ must be writable")
 
     def _start_wandb(self, args):
         import wandb  # here because it takes a second, which only those who track should spend
 
+        self.origin["wandb_id"] = self.origin["wandb_id"] or secrets.token_hex(4)
         # A short wait: an unreachable server must not hold up training. Nor may it at the end of the run.
         options = {
             "project": args.wandb_project_name,
             "entity": args.wandb_entity,
             "name": self.name,
+            "id": self.origin["wandb_id"],
+            "resume": "allow",
             "config": self.args,
             "dir": str(self.folder),
             "save_code": True,
             "settings": wandb.Settings(init_timeout=10, finish_timeout=60),
+            "reinit": "create_new" if wandb.run else "default",  # several runs may be in one process
         }
+        with self._tracking():
+            try:
+                self.wandb = wandb.init(mode=args.wandb_mode, **options)
+            except wandb.errors.Error as error:
+                reason = str(error).partition("\n")[0]
+                self.say(
+                    f"W&B can't be reached and this run is tracked offline ({reason}); `wandb sync` uploads it later"
+                )
+                # The attempt that failed holds its id until W&B's process ends, which other runs may be using.
+                if wandb.run:
+                    options["id"] = self.origin["wandb_id"] = secrets.token_hex(4)
+                else:
+                    wandb.teardown()
+                self.wandb = wandb.init(mode="offline", **options)
+            # What W&B has of steps after the checkpoint can't be taken back; it is not logged a second time.
+            if self.wandb.resumed:
+                self.wandb_start = self.wandb.summary.get("global_step", -1)
+            self.wandb.config.update(self.args, allow_val_change=True)
+            self.wandb.define_metric("global_step")
+            self.wandb.define_metric("*", step_metric="global_step")
+
+    @contextlib.contextmanager
+    def _tracking(self):
+        """Whatever W&B raises costs a line and the tracking, not the run."""
         try:
-            tracked = wandb.init(mode=args.wandb_mode, **options)
-        except wandb.errors.Error as error:
-            reason = str(error).partition("\n")[0]
-            self.say(f"W&B can't be reached and this run is tracked offline ({reason}); `wandb sync` uploads it later")
-            tracked = wandb.init(mode="offline", **options)
-        tracked.define_metric("global_step")
-        tracked.define_metric("*", step_metric="global_step")
-        return tracked
+            yield
+        except Exception as error:  # its errors are of many kinds, and none of them is a reason to stop training
+            self.wandb = None
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            self.say(f"W&B failed and tracks this run no further ({reason}); the event file has everything")
 
     def log(self, scalars, step):
         """Write ``{tag: number}`` at ``step`` (environment steps) to the event file and to W&B."""
-        for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, step)
-        if self.wandb and scalars:
-            self.wandb.log({**scalars, "global_step": step})
+        if not scalars:
+            return
+        try:
+            self.events.add_scalars(scalars, step)
+        except OSError as error:
+            self.say_once(f"{self.events.path} can't be written to ({error.strerror}): logs wait until it can")
+        if self.events.remade:
+            self.events.remade = False
+            self.say(f"{self.folder} was deleted; it is made anew, with all that was logged since this process began")
+        if self.wandb and step > self.wandb_start:
+            with self._tracking():
+                self.wandb.log({**scalars, "global_step": step})
 
     def log_video(self, tag, path, step):
         """Show the mp4 at ``path`` in W&B; without ``--track`` the file in the run's folder is all there is."""
-        if self.wandb:
+        if self.wandb and step > self.wandb_start:
             import wandb
 
-            self.wandb.log({tag: wandb.Video(str(path), format="mp4"), "global_step": step})
+            with self._tracking():
+                self.wandb.log({tag: wandb.Video(str(path), format="mp4"), "global_step": step})
 
-    def say(self, message):
-        """Print a line without breaking the progress bar."""
-        if self.bar is not None:
-            self.bar.write(message, file=sys.stderr)
-        else:
-            print(message, flush=True)
+    def say(self, message, file=None):
+        """Print a line without breaking the progress bar; ``file`` is standard output where there is none."""
+        with contextlib.suppress(OSError):  # the console is gone, or a file on a full disk: nowhere to say so
+            if self.bar is not None:
+                self.bar.write(message, file=sys.stderr)
+            else:
+                print(message, file=file, flush=True)
 
     def say_once(self, message):
         """Print a line the first time it comes."""
@@ -231,30 +595,40 @@ class Run:
         if self.bar is None:
             left = tqdm.format_interval((self.total_steps - step) / fps)
             shown = "".join(f", {key} {value:.4g}" for key, value in shown.items())
-            self.say(f"{step:,}/{self.total_steps:,} frames, {fps:.0f} FPS, {left} left{shown}")
+            self.say(f"{step:,}/{self.total_steps:,} {self.unit}s, {fps:.0f} a second, {left} left{shown}")
 
-    def save_checkpoint(self, step, state):
-        """Write ``state`` and where it comes from to ``checkpoints/{step}.pt``, all or nothing.
+    def save_checkpoint(self, step, state, snapshot=True):
+        """Write ``state`` and where it comes from to ``checkpoints/latest.pt``, and a snapshot to ``{step}.pt`` first.
 
-        ``state`` holds tensors, numbers, strings, and dicts and lists of them, so that
-        ``torch.load(path, weights_only=True)`` reads the file: opening a checkpoint never runs code.
+        Each is written all or nothing, and the ``latest.pt`` before it stays as ``previous.pt``. ``state`` holds
+        tensors, numbers, strings, and dicts and lists of them, so that ``torch.load(path, weights_only=True)`` reads
+        the file: opening a checkpoint never runs code. Where it can't be written, the ones before it stay, and a line
+        says so.
         """
-        path = self.folder / "checkpoints" / f"{step}.pt"
-        unfinished = path.with_suffix(".tmp")
+        content = io.BytesIO()
+        torch.save({**state, **self.origin}, content)
+        folder = self.folder / "checkpoints"
+        latest = folder / "latest.pt"
         try:
-            with open(unfinished, "wb") as file:
-                torch.save({**state, **self.origin}, file)
-                file.flush()
-                os.fsync(file.fileno())  # else a crash of the machine could leave a whole name on half a file
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        return path
+            self.events.sync()  # no checkpoint is ahead of its logs
+            folder.mkdir(parents=True, exist_ok=True)
+            if snapshot:
+                write_file(folder / f"{step}.pt", content.getbuffer())
+            write_file(latest, content.getbuffer(), before=folder / "previous.pt")
+        except OSError as error:
+            self.say(f"{folder}: can't be written to ({error.strerror}), so there is no checkpoint of step {step}")
 
-    def close(self, exit_code=0):
-        """Finish the event file, the bar and the W&B run, which shows ``exit_code``."""
-        self.writer.close()
-        if self.bar is not None:
+    def close(self, exit_code=0, keep_bar=False):
+        """Finish the event file, the bar and the W&B run, which shows ``exit_code``.
+
+        ``keep_bar`` is for a run that ends before others of its process, whose bar it has.
+        """
+        try:
+            self.events.close()
+        except OSError as error:
+            self.say(f"{self.events.path} can't be written to ({error.strerror}): the last logs are lost")
+        if self.bar is not None and not keep_bar:
             self.bar.close()
         if self.wandb:
-            self.wandb.finish(exit_code=exit_code)
+            with self._tracking():
+                self.wandb.finish(exit_code=exit_code)

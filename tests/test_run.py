@@ -50,20 +50,30 @@ def test_milestones_are_iterations_and_end_with_the_last(num_iterations, share):
 
 def test_checkpoints_load_without_running_code_and_carry_their_origin(run):
     state = {"weights": torch.randn(3), "numpy": {"state": 2**127 + 1}, "rng": random_states(torch.device("cpu"))}
-    path = run.save_checkpoint(42, state)
-    assert path == Path("runs") / run.name / "checkpoints" / "42.pt"
-    loaded = torch.load(path, weights_only=True)
+    run.save_checkpoint(42, state)
+    folder = Path("runs") / run.name / "checkpoints"
+    assert (folder / "42.pt").read_bytes() == (folder / "latest.pt").read_bytes()
+    loaded = torch.load(folder / "42.pt", weights_only=True)
     assert torch.equal(loaded["weights"], state["weights"]) and loaded["numpy"] == state["numpy"]
     assert loaded["args"] == dataclasses.asdict(Args()) and loaded["versions"] == library_versions()
     assert torch.equal(loaded["rng"]["cpu"], torch.get_rng_state())
 
 
 def test_a_failed_checkpoint_leaves_the_old_one_and_no_rubbish(run):
-    path = run.save_checkpoint(1, {"x": 1})
+    run.save_checkpoint(1, {"x": 1})
     with pytest.raises((TypeError, AttributeError, RuntimeError)):
         run.save_checkpoint(1, {"x": (i for i in range(3))})  # a generator can't be pickled
-    assert torch.load(path, weights_only=True)["x"] == 1
-    assert [p.name for p in path.parent.iterdir()] == ["1.pt"]
+    folder = Path("runs") / run.name / "checkpoints"
+    assert torch.load(folder / "1.pt", weights_only=True)["x"] == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["1.pt", "latest.pt"]
+
+
+def test_the_rolling_checkpoint_keeps_the_one_before_it(run):
+    for step in (1, 2, 3):
+        run.save_checkpoint(step, {"x": step}, snapshot=step == 2)
+    folder = Path("runs") / run.name / "checkpoints"
+    found = {path.name: torch.load(path, weights_only=True)["x"] for path in folder.iterdir()}
+    assert found == {"2.pt": 2, "latest.pt": 3, "previous.pt": 2}
 
 
 def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
@@ -90,7 +100,7 @@ def test_lines_instead_of_a_bar(run, capsys):
     run.report(50, fps=10, rank=3.14159)
     out = capsys.readouterr().out
     assert out.count("only once") == 1
-    assert "50/100 frames, 10 FPS, 00:05 left, rank 3.142" in out
+    assert "50/100 frames, 10 a second, 00:05 left, rank 3.142" in out
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
@@ -105,7 +115,9 @@ def test_a_bar_in_a_terminal(tmp_path, monkeypatch):
         run.progress(50, rank=12, dead=3)
         run.bar.refresh()
         run.close()
-        shown = os.read(main, 100_000).decode()
+        shown = ""
+        while "frame/s" not in shown or "50%" not in shown:  # a terminal hands on in pieces
+            shown += os.read(main, 100_000).decode()
     os.close(main)
     assert "50%" in shown and "rank=12" in shown and "dead=3" in shown and "frame/s" in shown
 

@@ -9,14 +9,26 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # A new script is added here, with the blocks in which it differs from the others by design.
-SCRIPTS = ["ppo_atari", "ppo_atari_2models", "ppo_pfo_atari"]
+ATARI = ["ppo_atari", "ppo_atari_2models", "ppo_pfo_atari"]
+MUJOCO = ["ppo_mujoco", "ppo_mujoco_multiseed"]
+SCRIPTS = ATARI + MUJOCO
 DIFFERENT = {
     frozenset({"ppo_atari_2models", "ppo_pfo_atari"}): {
         *("Args", "check_args", "NetworkOutput", "actor_loss", "critic_loss", "losses", "main"),
     },
     frozenset({"ppo_atari", "ppo_atari_2models"}): {"Args", "Agent", "make_optimizers", "update"},
+    frozenset(MUJOCO): {"Args", "check_args", "gradients", "update", "shuffled", "main"},
 }
 DIFFERENT[frozenset({"ppo_atari", "ppo_pfo_atari"})] = set.union(*DIFFERENT.values())
+# What the two domains have in common to the letter, beside their flags.
+EVERYWHERE = {"init_layer", "gae", "pfo_input", "compiled", "learning_rate", "adapted_kl_coef", "flat_weights"}
+# Flags whose text or default differs between the domains, and those that one of them alone has.
+OF_A_DOMAIN = {
+    *("diagnostics_interval", "env_id", "total_timesteps", "learning_rate", "num_envs", "num_steps", "minibatch_size"),
+    *("update_epochs", "clip_coef", "ent_coef", "max_grad_norm", "activation", "pfo_coef", "capture_video"),
+}
+OF_ATARI = {"frame_skip", "repeat_action_probability", "noop_max", "fire_reset", "episodic_life"}
+OF_MUJOCO = {"torch_threads", "obs_norm_steps", "hidden_sizes", "share_features"}
 # Every line in which two scripts differ names one of these.
 WORDS = {
     frozenset({"ppo_atari_2models", "ppo_pfo_atari"}): ("pfo", "held", "all_layers", "diagnosed"),
@@ -62,7 +74,7 @@ def fields(name):
     return found
 
 
-PAIRS = list(itertools.combinations(SCRIPTS, 2))
+PAIRS = [*itertools.combinations(ATARI, 2), tuple(MUJOCO)]
 
 
 @pytest.mark.parametrize("one, other", PAIRS)
@@ -77,8 +89,16 @@ def test_shared_blocks_are_the_same_to_the_letter(one, other):
 def test_shared_flags_are_the_same_to_the_letter(one, other):
     mine, theirs = fields(one), fields(other)
     different = {name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name]}
-    assert different <= ({"max_grad_norm"} if "ppo_atari" in (one, other) else set())
-    assert {name for name in mine.keys() ^ theirs.keys() if "pfo" not in name} == set()
+    assert different <= ({"max_grad_norm"} if "ppo_atari" in (one, other) else {"exp_name", "resume"})
+    assert {name for name in mine.keys() ^ theirs.keys() if "pfo" not in name} <= {"seed", "seeds"}
+
+
+def test_the_domains_differ_in_their_environments_and_policies_alone():
+    atari, mujoco = blocks("ppo_pfo_atari"), blocks("ppo_mujoco")
+    assert {title for title in EVERYWHERE if atari[title] != mujoco[title]} == set()
+    atari, mujoco = fields("ppo_pfo_atari"), fields("ppo_mujoco")
+    assert {name for name in atari.keys() & mujoco.keys() if atari[name] != mujoco[name]} == OF_A_DOMAIN
+    assert atari.keys() - mujoco.keys() == OF_ATARI and mujoco.keys() - atari.keys() == OF_MUJOCO
 
 
 @pytest.mark.parametrize("pair", WORDS, ids=lambda pair: " ".join(sorted(pair)))
