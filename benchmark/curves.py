@@ -11,22 +11,20 @@ import numpy as np
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common.run import fail, parse_args
+from common.run import check_range, fail, parse_args
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
 
 PANELS = (
-    ("charts/episodic_return", "return, mean of 30 games"),
+    ("charts/episodic_return", "return, mean of the last episodes"),
     ("representation/after/actor/pca_rank", "PCA rank of the policy's features"),
-    ("representation/after/actor/dead_units", "dead units of the policy, of 512"),
+    ("representation/after/actor/dead_units", "dead units of the policy's features"),
     ("representation/before/actor/preactivation_norm", "norm of the policy's pre-activations"),
-    ("trust_region/excess_ratio", "excess ratio, mean of 10 rollouts"),
+    ("trust_region/excess_ratio", "excess ratio, median of 10 rollouts"),
     ("losses/entropy", "entropy of the policy in nats"),
 )
-LAST = 30  # games
-AVERAGED = {"charts/episodic_return": LAST, "trust_region/excess_ratio": 10}
 # Okabe and Ito's palette, which the colour-blind can tell apart; the line styles serve a print in grey.
 COLOURS, STYLES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), ("-", "--", ":", "-.")
 
@@ -39,6 +37,8 @@ class Args:
     """the PNG to write"""
     title: str = ""
     """title of the figure; empty is the runs' common name"""
+    last: int = 30
+    """episodes that a drawn return is the mean of, and that the printed return is the mean of at the end of a run"""
 
 
 def moving_average(values, width):
@@ -66,6 +66,7 @@ if __name__ == "__main__":
     args = parse_args(Args)
     if not args.runs:
         fail("RUNS: name at least one run's folder, as runs/*")
+    check_range(args, "last", low=1)
     last_returns, rng = [], np.random.default_rng(0)
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
     for i, run in enumerate(args.runs):
@@ -73,26 +74,28 @@ if __name__ == "__main__":
             fail(f"{run}: must be a run's folder, with an event file in it")
         events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
         for axis, (tag, label) in zip(axes.flat, PANELS, strict=True):
-            axis.set(xlabel="environment steps (frames)", ylabel=label)
+            axis.set(xlabel="environment steps (Atari: frames)", ylabel=label)
             axis.xaxis.set_major_formatter(EngFormatter())
             axis.grid(alpha=0.3)
             if tag in events.Tags()["scalars"]:
                 steps, values = zip(*((event.step, event.value) for event in events.Scalars(tag)), strict=True)
                 style = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)], "linewidth": 1.3}
-                axis.plot(
-                    steps,
-                    moving_average(values, AVERAGED.get(tag, 1)),
-                    label=f"seed {run.name.split('__')[-2]}",
-                    **style,
-                )
+                if tag == "charts/episodic_return":
+                    values = moving_average(values, args.last)
+                if tag == "trust_region/excess_ratio":  # a single one may be 1e20, or infinite
+                    values = [np.median(values[max(0, k - 9) : k + 1]) for k in range(len(values))]
+                    axis.set_yscale("log")
+                axis.plot(steps, values, label=f"seed {run.name.split('__')[-2]}", **style)
         if "charts/episodic_return" in events.Tags()["scalars"]:
-            last_returns.append(np.array([event.value for event in events.Scalars("charts/episodic_return")][-LAST:]))
+            last_returns.append(
+                np.array([event.value for event in events.Scalars("charts/episodic_return")][-args.last :])
+            )
             low, high = bootstrap_interval(last_returns[-1], rng)
-            mean, games = last_returns[-1].mean(), len(last_returns[-1])
-            print(f"{run.name}: last {games} games return {mean:.0f}, 95 % interval {low:.0f} to {high:.0f}")
+            mean, episodes = last_returns[-1].mean(), len(last_returns[-1])
+            print(f"{run.name}: last {episodes} episodes return {mean:.0f}, 95 % interval {low:.0f} to {high:.0f}")
     if len(last_returns) > 1:
         (low, high), mean = bootstrap_interval(last_returns, rng, 2_000), np.mean([x.mean() for x in last_returns])
-        print(f"{len(last_returns)} runs: {mean:.0f}, 95 % interval {low:.0f} to {high:.0f} over runs and games")
+        print(f"{len(last_returns)} runs: {mean:.0f}, 95 % interval {low:.0f} to {high:.0f} over runs and episodes")
     figure.suptitle(args.title or "__".join(args.runs[0].name.split("__")[:2]))
     axes.flat[0].legend()
     figure.savefig(args.output, dpi=110)

@@ -1,14 +1,21 @@
-"""How close a training script comes to the arithmetic limit of the machine.
+"""How fast a training script is, against the arithmetic limit of the machine and against Stable-Baselines3.
 
     python -m benchmark.throughput ppo_pfo_atari.py --rounds 3 --cores 0 1 -- --diagnostics-interval 33
+    pip install stable-baselines3==2.9.2 opencv-python-headless==5.0.0.93 mujoco==4.0.0
+    python -m benchmark.throughput ppo_mujoco.py --cores 0 -- --diagnostics-interval 3
+    python -m benchmark.throughput ppo_mujoco_multiseed.py --cores 0 -- --diagnostics-interval 3
 
-Runs the script (with what stands behind ``--``) and a 2048 x 2048 float32 matrix product in turn, each in a process of
-its own on the same cores, and prints the agent steps a second of each round, the rate of the product, and the share of
-the limit: the limit is that rate over the floating point operations of an agent step, which PyTorch counts on the
-script's own networks (actor and critic once forward in the rollout, then forward and backward in every epoch).
+Runs the script (with what stands behind ``--``), a 2048 x 2048 float32 matrix product and, where it is installed,
+Stable-Baselines3's PPO with the same sizes in turn, each in a process of its own on the same cores, and prints the
+steps a second of each round (agent steps on Atari; all seeds together), the rate of the product and the ratio to
+Stable-Baselines3. On Atari, where arithmetic takes the time, it prints the share of the limit as well: the limit is
+that rate over the floating point operations of an agent step, which PyTorch counts on the script's own networks (actor
+and critic once forward in the rollout, then forward and backward in every epoch).
 """
 
 import importlib
+import importlib.util
+import json
 import os
 import statistics
 import subprocess
@@ -37,17 +44,62 @@ for _ in range(30):
 print(2 * 2048**3 / statistics.median(times[5:]))
 """
 
+# The whole of Stable-Baselines3's PPO, with the script's sizes and its own defaults elsewhere. The first iteration is
+# not timed; the hook is called as each rollout begins, and once more when the last update is done.
+STABLE_BASELINES3 = """
+import json, sys, time, warnings
+warnings.simplefilter("ignore")
+import gymnasium
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+from stable_baselines3.common.vec_env import VecFrameStack
+
+args, iterations = json.loads(sys.argv[1]), int(sys.argv[2])
+common = dict(n_steps=args["num_steps"], batch_size=args["minibatch_size"], n_epochs=args["update_epochs"],
+              device="cpu", seed=1)
+if "frame_skip" in args:
+    import ale_py
+    gymnasium.register_envs(ale_py)
+    settings = {"frameskip": 1, "repeat_action_probability": args["repeat_action_probability"]}
+    envs = make_atari_env("ALE/" + args["env_id"], n_envs=args["num_envs"], env_kwargs=settings,
+                          wrapper_kwargs={"frame_skip": args["frame_skip"]})
+    model = PPO("CnnPolicy", VecFrameStack(envs, 4), **common)
+else:
+    envs = make_vec_env(args["env_id"], n_envs=args["num_envs"])
+    model = PPO("MlpPolicy", envs, policy_kwargs={"net_arch": args["hidden_sizes"]}, **common)
+
+class Times(BaseCallback):
+    def _on_rollout_start(self):
+        times.append(time.perf_counter())
+    def _on_step(self):
+        return True
+
+times = []
+batch = args["num_envs"] * args["num_steps"]
+model.learn(batch * iterations, callback=Times())
+times.append(time.perf_counter())
+print(batch * (iterations - 1) / (times[-1] - times[1]))
+"""
+
+
+# What of the script's arguments the other implementation is given
+SIZES = ("env_id", "num_envs", "num_steps", "minibatch_size", "update_epochs", "hidden_sizes", "frame_skip")
+SIZES += ("repeat_action_probability",)
+
 
 @dataclass
 class Args:
     script: tyro.conf.Positional[str]
     """the training script, as ppo_pfo_atari.py"""
     rounds: int = 3
-    """how often to measure both"""
+    """how often to measure each"""
     iterations: int = 34
     """iterations of each run; the first is not timed"""
     cores: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N")] = (0, 1)
     """processor cores to run on; PyTorch gets a thread for each"""
+    stable_baselines3: bool = True
+    """measure Stable-Baselines3 too, if it is installed"""
 
 
 def measured(command, cores, folder):
@@ -91,29 +143,47 @@ if __name__ == "__main__":
     args = parse_args(Args)
     check_range(args, "rounds", low=1)
     check_range(args, "iterations", low=2)
-    if not (ROOT / args.script).is_file():
-        fail(f"{args.script}: must be one of the training scripts in {ROOT}")
+    training = sorted(path.name for path in ROOT.glob("ppo_*.py"))
+    if args.script not in training:
+        fail(f"{args.script}: must be one of {', '.join(training)}")
+    there = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count()))
+    if not args.cores or not set(args.cores) <= there:
+        fail(f"--cores {' '.join(map(str, args.cores))}: must be one or more of {' '.join(map(str, sorted(there)))}")
     script = importlib.import_module(Path(args.script).stem)
-    script_args = tyro.cli(script.Args, args=passed)
+    sys.argv = [args.script, *passed]
+    script_args = parse_args(script.Args)
     script.check_args(script_args)
-    frames = args.iterations * script_args.batch_size * script_args.frame_skip
-    flops = flops_of_agent_step(script, script_args)
+    frames = args.iterations * script_args.batch_size * getattr(script_args, "frame_skip", 1)
+    flops = flops_of_agent_step(script, script_args) if hasattr(script_args, "frame_skip") else None
+    needed = ["stable_baselines3", "cv2" if flops else "mujoco"]  # its Atari wrappers resize with OpenCV
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    compared = args.stable_baselines3 and not missing
 
-    rates, speeds = [], []
+    rates, speeds, theirs = [], [], []
     for turn in range(1, args.rounds + 1):
+        rates.append(float(measured([sys.executable, "-c", PRODUCT], args.cores, ".")))
         with tempfile.TemporaryDirectory() as folder:
-            rates.append(float(measured([sys.executable, "-c", PRODUCT], args.cores, folder)))
             command = [sys.executable, str(ROOT / args.script), *passed, "--total-timesteps", str(frames)]
             measured(command, args.cores, folder)
-            speeds.append(steps_per_second(next(Path(folder).glob("runs/*"))))
+            speeds.append(sum(map(steps_per_second, Path(folder).glob("runs/*"))))
         rates.append(float(measured([sys.executable, "-c", PRODUCT], args.cores, ".")))
         rate = statistics.mean(rates[-2:])  # of just before and just after the run
-        share = speeds[-1] * flops / rate
-        print(
-            f"round {turn}: {speeds[-1]:.0f} agent steps/s, product {rate / 1e9:.0f} GFLOP/s, {share:.0%} of the limit"
-        )
+        line = f"round {turn}: {speeds[-1]:.0f} steps/s, product {rate / 1e9:.0f} GFLOP/s"
+        if flops:
+            line += f", {speeds[-1] * flops / rate:.0%} of the limit"
+        if compared:
+            sizes = json.dumps({name: x for name, x in vars(script_args).items() if name in SIZES})
+            command = [sys.executable, "-c", STABLE_BASELINES3, sizes, str(args.iterations)]
+            theirs.append(float(measured(command, args.cores, ".")))
+            line += f", Stable-Baselines3 {theirs[-1]:.0f} steps/s, ratio {speeds[-1] / theirs[-1]:.2f}"
+        print(line, flush=True)
     rate, speed = statistics.median(rates), statistics.median(speeds)
-    print(f"{flops / 1e6:.0f} MFLOP an agent step, {len(args.cores)} cores")
-    print(
-        f"median: {speed:.0f} agent steps/s, product {rate / 1e9:.0f} GFLOP/s, {speed * flops / rate:.0%} of the limit"
-    )
+    line = f"median, {len(args.cores)} cores: {speed:.0f} steps/s, product {rate / 1e9:.0f} GFLOP/s"
+    if flops:
+        line += f", {flops / 1e6:.0f} MFLOP an agent step, {speed * flops / rate:.0%} of the limit"
+    if compared:
+        ratio = statistics.median(ours / other for ours, other in zip(speeds, theirs, strict=True))
+        line += f", Stable-Baselines3 {statistics.median(theirs):.0f} steps/s, ratio {ratio:.2f}"
+    elif args.stable_baselines3:
+        line += f"; not compared with Stable-Baselines3, for want of {' and '.join(missing)}"
+    print(line)

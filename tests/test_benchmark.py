@@ -26,7 +26,14 @@ def test_random_policy():
 def test_throughput(script, mflop):
     """An agent step costs what the layers' shapes say: forward once, then forward and backward in each epoch."""
     out = program("throughput", script, "--rounds", "1", "--iterations", "2", "--cores", "0", "--", *TINY)
-    assert f"{mflop} MFLOP an agent step, 1 cores" in out and "% of the limit" in out
+    assert f"{mflop} MFLOP an agent step" in out and "median, 1 cores" in out and "% of the limit" in out
+
+
+def test_throughput_of_many_seeds():
+    flags = ["--seeds", "1", "2", "--num-steps", "32", "--minibatch-size", "16", "--obs-norm-steps", "20"]
+    flags = ["--rounds", "1", "--iterations", "3", "--cores", "0", "--", *flags]
+    out = program("throughput", "ppo_mujoco_multiseed.py", *flags)
+    assert "median, 1 cores" in out and "limit" not in out and "Stable-Baselines3" in out
 
 
 def test_curves(tmp_path):

@@ -1,0 +1,399 @@
+"""The MuJoCo scripts run for real; many seeds at once are the runs of the seeds alone."""
+
+import copy
+import dataclasses
+import importlib
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_scripts import (
+    DIAGNOSTICS,
+    EVALUATION,
+    EVERY_ITERATION,
+    ROOT,
+    SOMETIMES,
+    load,
+    refusal,
+    run_script,
+    same,
+    scalars_of,
+)
+
+script = importlib.import_module("ppo_mujoco")
+# Five iterations of 2 x 64 transitions
+TINY = ["--num-steps", "64", "--minibatch-size", "32", "--update-epochs", "2", "--obs-norm-steps", "50"]
+TINY += ["--total-timesteps", "700"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    evaluation = ["--eval-episodes", "2", "--eval-interval", "0.5"]
+    return run_script("ppo_mujoco", tmp_path_factory.mktemp("mujoco"), *TINY, "--seed", "7", *evaluation)
+
+
+def test_every_tag_is_logged(finished):
+    scalars = scalars_of(finished[1])
+    steps = [128 * i for i in range(1, 6)]
+    expected = {tag: steps for tag in EVERY_ITERATION + DIAGNOSTICS} | {tag: [256, 640] for tag in EVALUATION}
+    assert {tag: [step for step, _ in scalars[tag]] for tag in expected if tag in scalars} == expected
+    assert set(scalars) - set(expected) <= set(SOMETIMES)
+    assert [tag for tag, points in scalars.items() if not all(math.isfinite(value) for _, value in points)] == []
+    assert "/640 steps" in finished[0].stdout
+
+
+def test_the_first_minibatch_starts_where_the_rollout_was(finished):
+    scalars = scalars_of(finished[1])
+    for name in ("old_approx_kl", "approx_kl", "clipfrac", "pfo_actor", "pfo_critic"):
+        assert all(abs(value) < 1e-5 for _, value in scalars[f"losses/first_minibatch/{name}"]), name
+        assert any(abs(value) > 1e-8 for _, value in scalars[f"losses/last_minibatch/{name}"]) or name == "clipfrac"
+
+
+def test_returns_are_logged_once_an_episode(finished):
+    scalars = scalars_of(finished[1])
+    returns = scalars["charts/episodic_return"]
+    assert len(returns) >= 5
+    for step, mean in scalars["charts/rollout_return"]:
+        ended = [value for at, value in returns if step - 128 < at <= step]
+        assert mean == pytest.approx(sum(ended) / len(ended), rel=1e-5)
+    assert load(finished[1] / "checkpoints" / "640.pt")["episodes"] == len(returns)
+
+
+def test_checkpoints_hold_what_acting_needs(finished):
+    paths = sorted(finished[1].glob("checkpoints/[0-9]*.pt"), key=lambda path: int(path.stem))
+    assert [path.name for path in paths] == [f"{128 * i}.pt" for i in range(6)]
+    for path in paths:
+        state = load(path)
+        fields = {field.name for field in dataclasses.fields(script.Args) if field.init}
+        args = script.Args(**{key: value for key, value in state["args"].items() if key in fields})
+        script.check_args(args)
+        assert dataclasses.asdict(args) == {**state["args"], "hidden_sizes": tuple(state["args"]["hidden_sizes"])}
+        assert state["script"] == "ppo_mujoco.py" and state["global_step"] == int(path.stem)
+        agent = script.Agent(state["obs_dim"], state["action_low"], state["action_high"], args)
+        agent.load_state_dict(state["agent"])
+        normalizer = state["normalizer"]
+        normalizer = script.Normalizer(normalizer["mean"].numpy(), normalizer["std"].numpy(), normalizer["time_limit"])
+        assert normalizer.mean.shape == (11,) and (normalizer.std > 0).all() and normalizer.time_limit == 1000
+    returns, _ = script.evaluate(agent, normalizer, args, torch.device("cpu"), [1, 2], greedy=True)
+    assert np.isfinite(returns).all()
+    assert sum(len(o["state"]) for o in state["optimizers"]) == len(list(agent.parameters()))
+
+
+def test_the_same_seed_gives_the_same_run_evaluated_or_not(finished, tmp_path):
+    _, run = run_script("ppo_mujoco", tmp_path, *TINY, "--seed", "7")
+    for path in run.glob("checkpoints/[0-9]*.pt"):
+        one, other = load(path), load(finished[1] / "checkpoints" / path.name)
+        for key in ("agent", "optimizers", "random_states", "episodes", "normalizer"):
+            assert same(one[key], other[key]), key
+    one, other = scalars_of(run), scalars_of(finished[1])
+    timed = ("time/", "charts/SPS", "charts/FPS")
+    for tag in one:
+        assert tag.startswith(timed) or one[tag] == other[tag], tag
+
+
+VARIANTS = {
+    "plain": "",
+    "held": "--pfo-coef 1 --pfo-layers all --critic-pfo-coef 1 --ent-coef 0.01 --activation ReLU --cosine-lr",
+    "early stopping": "--kl-coef 1 --target-kl 3e-4 --no-clip-objective --reset-optimizer --activation GELU",
+    "shared": "--share-features --pfo-coef 1 --pfo-mode clip --pfo-limit 1e-4 --clip-vloss --hidden-sizes 32 16 8",
+    # Short, since a simulation of contacts turns a rounding error of 1e-7 into 1e-3 within 30 steps
+    "cheetah": "--env-id HalfCheetah-v4 --num-envs 3 --num-steps 6 --minibatch-size 9 --total-timesteps 54 "
+    "--layer-init orthogonal --adam-beta2 0.9",
+}
+
+
+def assert_same_run(alone, together):
+    """Checkpoints, to a rounding error, and every logged number of a run alone and of the same seed among others."""
+    assert alone.name.split("__")[:3] == together.name.split("__")[:3]
+
+    names = [path.name for path in sorted(alone.glob("checkpoints/[0-9]*.pt"))]
+    assert names == [path.name for path in sorted(together.glob("checkpoints/[0-9]*.pt"))]
+    for name in names:
+        one, other = load(alone / "checkpoints" / name), load(together / "checkpoints" / name)
+        assert list(one) == list(other) and one["args"] == other["args"]
+        for key in ("script", "normalizer", "action_low", "iteration", "global_step", "episodes", "random_states"):
+            assert same(one[key], other[key]), key
+        assert one["kl_coef"] == pytest.approx(other["kl_coef"])
+        for key in one["agent"]:
+            torch.testing.assert_close(other["agent"][key], one["agent"][key], rtol=1e-4, atol=2e-5)
+            assert other["agent"][key].untyped_storage().nbytes() == other["agent"][key].nbytes  # no other seed's
+        for mine, theirs in zip(one["optimizers"], other["optimizers"], strict=True):
+            assert mine["param_groups"] == theirs["param_groups"] and mine["state"].keys() == theirs["state"].keys()
+            for i, moments in mine["state"].items():
+                for moment, x in moments.items():
+                    torch.testing.assert_close(theirs["state"][i][moment], x, rtol=1e-3, atol=1e-4)
+
+    one, other = scalars_of(alone), scalars_of(together)
+    assert one.keys() == other.keys()
+    for tag, points in one.items():
+        assert [step for step, _ in points] == [step for step, _ in other[tag]]
+        if not tag.startswith(("time/", "charts/SPS", "charts/FPS")):
+            mine, theirs = ([value for _, value in x] for x in (points, other[tag]))
+            # A difference of two large numbers keeps few of their digits.
+            assert theirs == pytest.approx(mine, rel=2e-3, abs=2e-2 if "delta" in tag else 2e-4), tag
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_many_seeds_are_the_runs_of_each_seed(variant, tmp_path):
+    flags = [*TINY, *VARIANTS[variant].split()]
+    _, _ = run_script("ppo_mujoco_multiseed", tmp_path, "--seeds", "3", "7", "11", *flags)
+    batched = {path.name.split("__")[2]: path for path in (tmp_path / "runs").iterdir()}
+    assert batched.keys() == {"3", "7", "11"}
+    for seed in batched if variant == "plain" else ["7"]:
+        (tmp_path / seed).mkdir()
+        _, alone = run_script("ppo_mujoco", tmp_path / seed, "--seed", seed, *flags)
+        assert_same_run(alone, batched[seed])
+    if variant == "early stopping":
+        assert {value for _, value in scalars_of(batched["7"])["losses/early_stop"]} - {0, 1}
+        stopped = {tuple(value for _, value in scalars_of(run)["losses/early_stop"]) for run in batched.values()}
+        assert len(stopped) > 1  # the seeds stop at different minibatches
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("everything", [True, False])
+def test_recorded_gradients_and_actions_are_the_eager_ones(variant, everything, monkeypatch):
+    """Bit for bit, for minibatches and weights other than those that they were recorded with, and so is Adam's step."""
+    flags = [flag for flag in VARIANTS[variant].split() if flag != "--clip-vloss"]
+    monkeypatch.setattr(sys, "argv", ["x", *flags])
+    args = script.parse_args(script.Args)
+    script.check_args(args)
+    everything |= bool(args.kl_coef or args.target_kl)
+    torch.manual_seed(0)
+    agent = script.Agent(11, -np.ones(3), np.ones(3), args)
+    other = copy.deepcopy(agent)
+    layers = "all" in (args.pfo_layers, args.critic_pfo_layers)
+
+    def minibatch():
+        obs = torch.randn(args.minibatch_size, 12)
+        with torch.no_grad():
+            actor, critic = agent(obs, layers)
+            loc, scale = script.loc_and_scale(actor.output + 0.3)
+            z = script.unsquash(script.sample(actor.output, torch.randn_like(loc)))
+        mb = {"obs": obs, "z": z, "loc": loc, "scale": scale, "logprobs": script.normal_log_prob(z, loc, scale)}
+        mb |= {name: torch.randn(len(obs)) for name in ("values", "advantages", "returns")}
+        mb["actor_held"] = script.pfo_input(actor, args.pfo_layers, args.pfo_on) + 0.1
+        mb["critic_held"] = script.pfo_input(critic, args.critic_pfo_layers, args.critic_pfo_on) - 0.1
+        return mb | {"noise": torch.randn_like(z)}
+
+    def eager(mb, kl_coef, everything):
+        return script.gradients(agent, script.losses, mb, kl_coef, args, everything)
+
+    def of_other(mb, kl_coef, everything):
+        return script.gradients(other, script.losses, mb, kl_coef, args, everything)
+
+    replay = script.recorded_gradients(of_other)
+    act = script.recorded(lambda obs, noise: script.sample(other.policy(obs).output, noise))
+    optimizers = script.make_optimizers(agent, args)
+    params = [p for optimizer in optimizers for p in optimizer.param_groups[0]["params"]]
+    others = script.make_optimizers(other, args)
+    for k in range(3):
+        mb, kl_coef = minibatch(), torch.tensor(0.5 * k)
+        for optimizer in (*optimizers, *others):
+            optimizer.param_groups[0]["lr"] = 1e-3 * (k + 1)
+        grads, logged = eager(mb, kl_coef, everything)
+        replayed = script.update(replay, others, mb, kl_coef, everything)
+        assert replayed.keys() == logged.keys()
+        assert all(torch.equal(replayed[name], x) for name, x in logged.items())
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        for optimizer in optimizers:
+            optimizer.step()  # PyTorch's own
+        for (name, p), q in zip(agent.named_parameters(), other.parameters(), strict=True):
+            assert torch.equal(p, q), name
+        obs, noise = torch.randn(2, 12), torch.randn(2, 3)
+        with torch.no_grad():
+            assert torch.equal(act(obs, noise), script.sample(agent.policy(obs).output, noise))
+    for mine, theirs in zip(optimizers, others, strict=True):
+        assert same(mine.state_dict(), theirs.state_dict())
+
+
+PATCHED = """
+import runpy, sys
+import envpool, numpy as np
+make = envpool.make
+def broken_make(*args, **kwargs):
+    envs = make(*args, **kwargs)
+    step, calls = envs.step, [0]
+    def broken_step(actions, ids=None):
+        result = step(actions) if ids is None else step(actions, ids)
+        calls[0] += ids is None
+        if calls[0] == WHEN and ids is None:
+            result[WHICH][ROW] = float("nan")
+        return result
+    envs.step = broken_step
+    return envs
+envpool.make = broken_make
+sys.argv = sys.argv[1:]
+sys.path.insert(0, ROOT)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_broken(folder, name, which, row, when, *flags):
+    """A run whose simulations return NaN once: result ``which`` (0 observation, 1 reward) of ``row`` at a step."""
+    code = PATCHED.replace("WHICH", str(which)).replace("ROW", str(row)).replace("WHEN", str(when))
+    command = [sys.executable, "-c", code.replace("ROOT", repr(str(ROOT))), str(ROOT / f"{name}.py"), *TINY, *flags]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("which, what", [(0, "observation"), (1, "reward")])
+def test_a_broken_simulation_ends_the_run_at_its_last_good_state(which, what, tmp_path):
+    done = run_broken(tmp_path, "ppo_mujoco", which, 1, 200)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert f"{what} of environment 1 in step 8 of the rollout is not finite in iteration 4" in done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    state = load(run / "checkpoints" / "384.pt")
+    assert state["iteration"] == 3 and all(x.isfinite().all() for x in state["agent"].values())
+
+
+def test_a_broken_simulation_ends_its_own_seed_alone(tmp_path):
+    done = run_broken(
+        tmp_path, "ppo_mujoco_multiseed", 0, 3, 200, "--seeds", "3", "7", "11", "--diagnostics-interval", "2"
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "observation of environment 1 in step 8 of the rollout is not finite in iteration 4" in done.stderr
+    for run in (tmp_path / "runs").iterdir():
+        broken = run.name.split("__")[2] == "7"
+        assert (run.name in done.stderr) == broken
+        last = max(int(path.stem) for path in run.glob("checkpoints/[0-9]*.pt"))
+        assert last == (384 if broken else 640)
+        points = [point for points in scalars_of(run).values() for point in points]
+        assert all(math.isfinite(value) for _, value in points) and max(step for step, _ in points) <= max(last, 512)
+
+
+@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed"])
+def test_a_loss_that_is_not_finite_ends_the_run_at_its_last_good_state(name, tmp_path):
+    flags = [*TINY, "--learning-rate", "1e6", "--activation", "ReLU", "--no-norm-adv"]
+    flags += ["--seeds", "1", "2"] if "multi" in name else []
+    done, _ = run_script(name, tmp_path, *flags, code=1)
+    runs = list((tmp_path / "runs").iterdir())
+    assert done.stderr.count("\n") == len(runs) and done.stderr.count("is not finite in iteration") == len(runs)
+    for run in runs:
+        for path in run.glob("checkpoints/[0-9]*.pt"):
+            assert all(x.isfinite().all() for x in load(path)["agent"].values())
+
+
+def test_a_policy_that_is_not_finite_is_named_before_it_acts(tmp_path):
+    flags = ["--learning-rate", "1e6", "--hidden-sizes", *["64"] * 8, "--activation", "ReLU", "--update-epochs", "1"]
+    done, run = run_script("ppo_mujoco", tmp_path, *TINY, *flags, "--minibatch-size", "128", code=1)
+    assert (
+        done.stderr.startswith("error: the policy's output is not finite in iteration 1")
+        and done.stderr.count("\n") == 1
+    )
+    assert not (tmp_path / "MUJOCO_LOG.TXT").exists()
+    agent = script.Agent(11, -np.ones(3), np.ones(3), script.Args(hidden_sizes=(64,) * 8, activation="ReLU"))
+    agent.load_state_dict(load(run / "checkpoints" / "0.pt")["agent"])
+    assert agent.policy(torch.randn(9, 12)).output.isfinite().all()
+
+
+def test_many_seeds_are_tracked_as_a_run_each(tmp_path):
+    flags = ["--seeds", "1", "2", "--track", "--wandb-mode", "offline"]
+    run_script("ppo_mujoco_multiseed", tmp_path, *TINY, *flags)
+    runs = list((tmp_path / "runs").iterdir())
+    assert len(runs) == 2
+    for run in runs:
+        (written,) = run.glob("wandb/offline-run-*/run-*.wandb")
+        assert b"losses/policy_loss" in written.read_bytes()
+
+
+@pytest.mark.parametrize("task", ["HalfCheetah-v4", "Ant-v5", "Reacher-v4", "InvertedPendulum-v5"])
+def test_other_tasks_train(task, tmp_path):
+    _, run = run_script("ppo_mujoco", tmp_path, "--env-id", task, *TINY[:-1], "256")
+    assert load(run / "checkpoints" / "256.pt")["args"]["env_id"] == task
+
+
+def test_videos_or_one_line(tmp_path):
+    """Where MuJoCo can render, films of the first episodes; elsewhere a line that says so, and the run goes on."""
+    import imageio.v2 as imageio
+
+    flags = ["--eval-episodes", "1", "--capture-video"]
+    done, run = run_script("ppo_mujoco", tmp_path, *TINY, *flags)
+    lengths = {kind: scalars_of(run)[f"eval/{kind}/episodic_length"][-1][1] for kind in ("sampled", "greedy")}
+    assert load(run / "checkpoints" / "640.pt")
+    if not script.can_render("Hopper-v4"):
+        assert "--capture-video: MuJoCo can't render here" in done.stdout and not (run / "videos").exists()
+        pytest.skip("no EGL and no OSMesa here")
+    for kind, length in lengths.items():
+        with imageio.get_reader(run / "videos" / f"640-{kind}.mp4") as film:
+            assert film.count_frames() == length
+
+
+def test_without_opengl_there_is_one_line_and_no_video(tmp_path):
+    """A machine with neither library: the dynamic loader finds none of them."""
+    code = "import ctypes, runpy, sys; load = ctypes.CDLL\n"
+    code += "def CDLL(name, *a, **k):\n    if name and ('EGL' in name or 'OSMesa' in name): raise OSError(name)\n"
+    code += "    return load(name, *a, **k)\n"
+    (tmp_path / "sitecustomize.py").write_text(code + "ctypes.CDLL = CDLL\n")
+    flags = [*TINY, "--eval-episodes", "1", "--capture-video"]
+    done, run = run_script("ppo_mujoco", tmp_path, *flags, PYTHONPATH=str(tmp_path), EGL_PLATFORM="none")
+    assert done.stdout.count("--capture-video: MuJoCo can't render here") == 1 and done.stderr == ""
+    assert not (run / "videos").exists() and load(run / "checkpoints" / "640.pt")
+
+
+WRONG = [
+    ("--env-id Hoper-v4", "Hopper-v4"),
+    ("--env-id Phoenix-v5", "must be one of Gymnasium's"),
+    ("--env-id HopperHop-v1", "nearest: Hopper"),
+    ("--hidden-sizes 64 0", "--hidden-sizes 64 0: must be"),
+    ("--hidden-sizes 64 x", "--hidden-sizes"),
+    ("--hidden-sizes -1", "--hidden-sizes"),
+    ("--minibatch-size 100", "must divide num_envs x num_steps = 2048"),
+    ("--total-timesteps 2047", "at least one rollout of 2048 steps"),
+    ("--obs-norm-steps 1", "at least 2"),
+    ("--torch-threads -1", "at least 0"),
+    ("--pfo-layers all --pfo-on features", "do not exist"),
+    ("--capture-video", "--eval-episodes"),
+    ("--frame-skip 2", "--frame-skip"),
+]
+WRONG_SEEDS = [
+    ("--seeds 1 1", "all different"),
+    ("--seeds -1", "--seeds"),
+    ("--seeds 3000000000", "at most 2147483647"),
+    ("--seeds x", "--seeds"),
+    ("--seed 1", "--seed"),
+]
+
+
+@pytest.mark.parametrize("flags, said", WRONG)
+@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed"])
+def test_bad_input_is_refused(monkeypatch, capsys, name, flags, said):
+    message = refusal(monkeypatch, capsys, name, flags.split())
+    assert said in message and flags.split()[0] in message
+
+
+@pytest.mark.parametrize("flags, said", WRONG_SEEDS)
+def test_bad_seeds_are_refused(monkeypatch, capsys, flags, said):
+    assert said in refusal(monkeypatch, capsys, "ppo_mujoco_multiseed", flags.split())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed"])
+@pytest.mark.parametrize("flags", [[], ["--compile"], ["--torch-deterministic"]])
+def test_runs_on_cuda(tmp_path, name, flags):
+    _, run = run_script(name, tmp_path, *TINY, "--device", "cuda", *flags)
+    assert load(run / "checkpoints" / "640.pt")["global_step"] == 640
+
+
+@pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs an MPS device")
+@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed"])
+def test_runs_on_mps(tmp_path, name):
+    _, run = run_script(name, tmp_path, *TINY, "--device", "mps")
+    assert load(run / "checkpoints" / "640.pt")["global_step"] == 640
+
+
+@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed"])
+def test_compiled_run(name, tmp_path):
+    """The whole script compiled: the losses of its last minibatch are those of the plain run."""
+    try:
+        script.check_args(script.Args(compile=True))
+    except SystemExit:
+        pytest.skip("no C++ compiler here")
+    last = []
+    for kind, flags in (("plain", []), ("compiled", ["--compile"])):
+        (tmp_path / kind).mkdir()
+        _, run = run_script(name, tmp_path / kind, *TINY[:-1], "256", *flags)
+        last.append([scalars_of(run)[f"losses/last_minibatch/{x}"][0][1] for x in ("policy_loss", "value_loss")])
+    assert last[1] == pytest.approx(last[0], rel=1e-3, abs=1e-4)
