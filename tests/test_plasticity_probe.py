@@ -1,0 +1,477 @@
+"""The plasticity probe: its losses against golden numbers, its fit against a plain one, and probes of tiny runs."""
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import plasticity_probe
+import ppo_mujoco
+import ppo_pfo_atari
+from common.feature_rank import feature_ranks, mean_norm
+from plasticity_probe import COLUMNS, MEASURES, Args, Atari, MuJoCo
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = np.load(Path(__file__).parent / "golden" / "reference.npz")
+CPU = torch.device("cpu")
+RUNS = {
+    # Three rollouts of 2 x 32 transitions each
+    "ppo_atari": ["--num-envs", "2", "--num-steps", "32", "--minibatch-size", "32", "--total-timesteps", "576"],
+    "ppo_mujoco": ["--num-envs", "2", "--num-steps", "64", "--minibatch-size", "64", "--total-timesteps", "384"],
+}
+STEPS = {"ppo_atari": [0, 192, 384, 576], "ppo_mujoco": [0, 128, 256, 384]}
+
+
+def golden(name):
+    return torch.from_numpy(GOLDEN[name])
+
+
+def squashed_normal_outputs(name):
+    x = golden("cont/obs")
+    for i in range(3):
+        x = torch.nn.functional.linear(x, golden(f"cont/{name}/W{i}"), golden(f"cont/{name}/b{i}"))
+        x = x.tanh() if i < 2 else x
+    return x
+
+
+def test_losses_against_the_reference():
+    old, new = golden("disc/old/logits"), golden("disc/new/logits")
+    expected = GOLDEN["disc/models_diff/eps0.1/kl_dist_batch"]
+    np.testing.assert_allclose(Atari.kl(ppo_pfo_atari, old, new).mean(), expected, rtol=1e-5)
+    old, new = squashed_normal_outputs("policy_old"), squashed_normal_outputs("policy_new")
+    expected = GOLDEN["cont/models_diff/eps0.2/kl_dist_batch"]
+    np.testing.assert_allclose(MuJoCo.kl(ppo_mujoco, old, new).mean(), expected, rtol=1e-5)
+    for case in ("disc", "cont"):
+        loss = plasticity_probe.squared_error(
+            None, golden(f"{case}/value_target_critic"), golden(f"{case}/new/state_value")
+        )
+        assert loss.shape == (64,)
+        # The reference's critic loss is half of it.
+        np.testing.assert_allclose(loss.mean(), 2 * GOLDEN[f"{case}/vloss/base/loss_critic"], rtol=1e-5)
+
+
+def test_the_papers_defaults():
+    """36 000 x 1 epoch is 140 minibatches of 256, and 4 x 1000 x 4 epochs 248 of 64."""
+    for kind, script, steps in ((Atari, ppo_pfo_atari, 140), (MuJoCo, ppo_mujoco, 248)):
+        per_epoch = kind.num_envs * kind.num_steps // script.Args.minibatch_size
+        assert kind.epochs * per_epoch == steps
+
+
+@pytest.mark.parametrize("anneal_lr", [False, True])
+def test_fit_against_a_plain_one(anneal_lr):
+    """Adam, gradient clip and annealing written out, on a linear network in float64."""
+    torch.manual_seed(0)
+    obs, target = torch.randn(23, 3).double(), 5 + torch.randn(23, 1).double()
+    linear = torch.nn.Linear(3, 1).double()
+    weight, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
+    run_args = SimpleNamespace(learning_rate=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_eps=1e-3, minibatch_size=5)
+    losses = plasticity_probe.fit(
+        *(lambda x, _: SimpleNamespace(output=linear(x)), list(linear.parameters()), obs, target),
+        *(plasticity_probe.squared_error, SimpleNamespace(run_args=run_args, epochs=3, script=None)),
+        *(Args(runs=(), anneal_lr=anneal_lr, max_grad_norm=0.7), torch.Generator().manual_seed(1), CPU),
+    )
+
+    generator, expected, step = torch.Generator().manual_seed(1), [], 0
+    moments = [[torch.zeros_like(p), torch.zeros_like(p)] for p in (weight, bias)]
+    for _ in range(3):
+        order = torch.randperm(23, generator=generator)
+        for mb in order[:20].view(4, 5):  # the last 3 make no minibatch
+            error = obs[mb] @ weight.T + bias - target[mb]
+            expected.append(error.square().mean().item())
+            grads = [2 * error.T @ obs[mb] / 5, 2 * error.mean(0)]
+            norm = sum(grad.square().sum() for grad in grads).sqrt()
+            rate = 0.1 * (1 - step / 12 if anneal_lr else 1)
+            step += 1
+            for p, grad, (first, second) in zip((weight, bias), grads, moments, strict=True):
+                grad = grad * min(0.7 / norm, 1)
+                first.mul_(0.8).add_(0.2 * grad)
+                second.mul_(0.9).add_(0.1 * grad.square())
+                p -= rate * first / (1 - 0.8**step) / ((second / (1 - 0.9**step)).sqrt() + 1e-3)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(linear.weight.detach(), weight, rtol=1e-5, atol=0)
+
+
+def test_measures_in_chunks_are_those_of_the_whole():
+    args = ppo_mujoco.Args(activation="ReLU")
+    torch.manual_seed(0)
+    agent = ppo_mujoco.Agent(5, -np.ones(2), np.ones(2), args)
+    obs = torch.randn(plasticity_probe.CHUNK * 2 + 7, 6)
+    outputs, measures, units = plasticity_probe.measure(agent.policy, obs, "ReLU", CPU)
+    whole = agent.policy(obs, True)
+    assert tuple(measures) == MEASURES and units == 64
+    torch.testing.assert_close(outputs, whole.output)
+    for name, x in feature_ranks(whole.features).items():
+        assert measures[name] == pytest.approx(x.item(), rel=1e-6)
+    for name in ("preactivation", "all_preactivation"):
+        expected = mean_norm(getattr(whole, f"{name}s")).item()
+        assert measures[f"{name}_norm"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_only_training_scripts_of_this_project_are_imported():
+    names = plasticity_probe.training_scripts()
+    assert {"ppo_atari.py", "ppo_atari_2models.py", "ppo_pfo_atari.py", "ppo_mujoco.py"} <= set(names)
+    assert not {"plasticity_probe.py", "toy_problem.py"} & set(names)
+
+
+# Probes of runs
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A tiny run of a script with a shared trunk and of one with vectors: {script: folder}."""
+    runs = {}
+    for script, flags in RUNS.items():
+        folder = tmp_path_factory.mktemp(script)
+        command = [sys.executable, str(ROOT / f"{script}.py"), *flags, "--seed", "7", "--device", "cpu"]
+        subprocess.run(command, cwd=folder, check=True, timeout=300)
+        (runs[script],) = (folder / "runs").iterdir()
+    return runs
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of a trained run's folder, by its script's name."""
+
+    def copied(script="ppo_mujoco", name="run"):
+        shutil.copytree(trained[script] / "checkpoints", tmp_path / name / "checkpoints")
+        (tmp_path / name / "checkpoints" / "latest.pt").write_text("a rolling checkpoint is none of the probe's")
+        return tmp_path / name
+
+    return copied
+
+
+def probe(*runs, **flags):
+    """Probe in this process; returns whether all was well."""
+    args = Args(runs=runs, device="cpu", **{"max_samples": 150, **flags})
+    plasticity_probe.check_args(args)
+    plans = [plasticity_probe.make_plan(run, args, CPU) for run in runs]
+    return all([plan is not None and plasticity_probe.probe(plan, args, CPU) for plan in plans])
+
+
+def program(*flags, code=0):
+    command = [sys.executable, str(ROOT / "plasticity_probe.py"), *map(str, flags), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def table(run, name="plasticity"):
+    with open(run / name / "plasticity.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {(int(row["global_step"]), row["network"]): {key: float(row[key]) for key in COLUMNS[2:]} for row in rows}
+
+
+def events(run, name="plasticity"):
+    accumulator = EventAccumulator(str(run / name), size_guidance={"scalars": 0}).Reload()
+    return {
+        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]
+    }
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_a_probe_of_a_run(run, script, capsys):
+    folder = run(script)
+    out = program(folder, "--max-samples", "150").stdout
+    rows, logged = table(folder), events(folder)
+    assert list(rows) == [(step, name) for step in STEPS[script] for name in ("actor", "critic")]
+    assert set(logged) == {f"plasticity/{name}/{key}" for name in ("actor", "critic") for key in COLUMNS[2:]}
+    for (step, network), row in rows.items():
+        assert all(map(np.isfinite, row.values()))
+        assert 0 < row["final_loss"] < row["initial_loss"]
+        for key, x in row.items():
+            assert dict(logged[f"plasticity/{network}/{key}"])[step] == np.float32(x)
+    assert all([step for step, _ in points] == STEPS[script] for points in logged.values())
+    assert f"4 checkpoints of {script}.py, 0 finished before" in out and out.count("; rank ") == 8
+    # With a shared trunk the fits start from the same features and end with each network's own.
+    first = [rows[STEPS[script][-1], name] for name in ("actor", "critic")]
+    assert (first[0]["before/effective_rank"] == first[1]["before/effective_rank"]) == (script == "ppo_atari")
+    assert first[0]["after/effective_rank"] != first[1]["after/effective_rank"]
+
+    # Started anew it fits nothing, and into an empty folder everything to the bit.
+    written = {path.name: path.read_bytes() for path in (folder / "plasticity").iterdir()}
+    assert probe(folder) and "4 finished before" in capsys.readouterr().out
+    assert written == {path.name: path.read_bytes() for path in (folder / "plasticity").iterdir()}
+    assert probe(folder, name="again")
+    assert (folder / "again" / "plasticity.csv").read_bytes() == written["plasticity.csv"]
+    assert events(folder, "again") == logged
+
+
+def test_neither_network_needs_the_other_and_checkpoints_come_in_any_order(run):
+    folder = run()
+    assert probe(folder)
+    for flags in ({"checkpoints": ("last",), "networks": ("critic",)}, {"checkpoints": ("128", "first")}, {}):
+        assert probe(folder, name="bit-by-bit", **flags)
+    assert table(folder) == table(folder, "bit-by-bit") and events(folder) == events(folder, "bit-by-bit")
+
+
+@pytest.mark.parametrize("script", RUNS)
+@pytest.mark.parametrize("data", ["first", "each"])
+def test_networks_that_are_the_targets_start_at_loss_0(run, script, data):
+    folder = run(script)
+    assert probe(folder, targets="initial", data=data, checkpoints=("first", "last"))
+    rows = table(folder)
+    for network in ("actor", "critic"):
+        assert rows[0, network]["initial_loss"] == 0 and rows[0, network]["final_loss"] < 1e-3
+        assert rows[STEPS[script][-1], network]["initial_loss"] > 1e-6
+
+
+@pytest.mark.parametrize("script, units", [("ppo_atari", 512), ("ppo_mujoco", 64)])
+def test_dead_networks_cannot_fit_and_say_so(run, script, units, capsys):
+    folder = run(script)
+    path = folder / "checkpoints" / f"{STEPS[script][-1]}.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    for name, x in checkpoint["agent"].items():
+        if ".hidden." in name:
+            x.fill_(0 if name.endswith("weight") else -100)  # 0 by ReLU, and -1 on every sample by Tanh
+    torch.save(checkpoint, path)
+    assert probe(folder, epochs=10 if script == "ppo_atari" else 40, checkpoints=("first", "last"))
+    said = capsys.readouterr().out
+    for network in ("actor", "critic"):
+        assert said.count(f"{network:6}: all {units} units are dead") == 1
+        dead, live = table(folder)[STEPS[script][-1], network], table(folder)[0, network]
+        assert dead["before/dead_units"] == dead["after/dead_units"] == units
+        assert dead["after/pca_rank"] <= 1 and dead["final_loss"] > 2 * live["final_loss"]
+
+
+def test_a_shared_trunk_is_split():
+    agent = ppo_mujoco.Agent(5, -np.ones(2), np.ones(2), ppo_mujoco.Args(share_features=True))
+    (actor, actor_parameters), (critic, critic_parameters) = (
+        plasticity_probe.separate(agent, name) for name in ("actor", "critic")
+    )
+    kept = [{p.data_ptr() for p in parameters} for parameters in (actor_parameters, critic_parameters)]
+    assert not kept[0] & kept[1] and not (kept[0] | kept[1]) & {p.data_ptr() for p in agent.parameters()}
+    obs = torch.randn(8, 6)
+    assert actor(obs).features.equal(critic(obs).features)
+    actor(obs).output.sum().backward()
+    assert all(p.grad is not None for p in actor_parameters) and all(p.grad is None for p in critic_parameters)
+
+
+def test_the_losses_of_runs_are_drawn(run, tmp_path):
+    runs = [run(name=name) for name in ("one__two__3__4", "one__two__5__6")]
+    assert probe(*runs, checkpoints=("first", "last"))
+    command = [sys.executable, "-m", "benchmark.plasticity", *map(str, runs), "--output", str(tmp_path / "drawn.png")]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+    done = subprocess.run([*command, "--loss", "best"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("error: --loss best") and done.stderr.count("\n") == 1
+
+
+def test_data_from_each_checkpoint_is_its_own(run):
+    folder = run()
+    for data in ("first", "each"):
+        assert probe(folder, data=data, name=data)
+    first, each = table(folder, "first"), table(folder, "each")
+    assert first[0, "actor"] == each[0, "actor"]
+    assert first[384, "actor"]["before/effective_rank"] != each[384, "actor"]["before/effective_rank"]
+
+
+@pytest.mark.parametrize("script, shape", [("ppo_atari", (84, 84, 4)), ("ppo_mujoco", (12,))])
+def test_data_of_several_environments(trained, script, shape):
+    args = Args(runs=(trained[script],), num_envs=3, max_samples=100)
+    plan = plasticity_probe.make_plan(trained[script], args, CPU)
+    agent = plasticity_probe.new_agent(plan.script, plan.kind, plan.run_args, 27, CPU)
+    obs = plasticity_probe.collect(*plasticity_probe.load_agent(plan.first, plan, agent), plan, 5, CPU)
+    assert obs.shape == (99, *shape) and obs.dtype == (torch.uint8 if script == "ppo_atari" else torch.float32)
+    if script == "ppo_mujoco":
+        elapsed = ((obs[:, -1].double() + 1) * 1000 / 2).round().view(33, 3)
+        assert (elapsed[0] == 0).all() and set((elapsed[1:] - elapsed[:-1])[elapsed[1:] > 0].tolist()) == {1.0}
+        assert len({tuple(x) for x in obs[:3, :-1].tolist()}) == 3  # each environment has its own seed
+    again = plasticity_probe.collect(*plasticity_probe.load_agent(plan.first, plan, agent), plan, 5, CPU)
+    other = plasticity_probe.collect(*plasticity_probe.load_agent(plan.first, plan, agent), plan, 6, CPU)
+    assert obs.equal(again) and not obs.equal(other)
+
+
+class Malice:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_bad_checkpoints_are_named_and_skipped(run, trained, tmp_path):
+    """Damaged, foreign, hostile files among good ones: a line each, the rest done, exit code 1."""
+    folder, whole = run(), run(name="whole")
+    good = torch.load(folder / "checkpoints" / "128.pt", weights_only=True)
+
+    def write(step, **changes):
+        torch.save({**good, "global_step": step, **changes}, folder / "checkpoints" / f"{step}.pt")
+
+    (folder / "checkpoints" / "128.pt").write_bytes((folder / "checkpoints" / "128.pt").read_bytes()[:5000])
+    (folder / "checkpoints" / "1.pt").write_text("no checkpoint")
+    (folder / "checkpoints" / "2.pt").write_bytes(b"")
+    (folder / "checkpoints" / "3.pt").mkdir()
+    torch.save([1, 2], folder / "checkpoints" / "4.pt")
+    torch.save(Malice(tmp_path / "executed"), folder / "checkpoints" / "5.pt")
+    torch.save({**good, "global_step": 6, "agent": Malice(tmp_path / "executed")}, folder / "checkpoints" / "6.pt")
+    torch.save(good, folder / "checkpoints" / "7.pt")
+    write(8, script="os.py")
+    write(9, script="../evil.py")
+    write(10, script="plasticity_probe.py")
+    write(11, script="ppo_pfo_atari.py")
+    write(12, args={**good["args"], "seed": 8})
+    write(13, args={**good["args"], "env_id": "Nothing-v9"})
+    write(14, args={**good["args"], "hidden_sizes": "x"})
+    write(15, args={**good["args"], "unknown": 1})
+    write(16, agent={name: x * float("nan") for name, x in good["agent"].items()})
+    write(17, agent={name: x[..., :2] for name, x in good["agent"].items()})
+    write(18, agent={1: 2})
+    write(19, normalizer={"mean": torch.zeros(3), "std": torch.ones(3), "time_limit": 1000})
+    write(20, normalizer=None)
+    write(21, args={**good["args"], "learning_rate": -1.0})
+    write(22, args=3)
+    bad = [*range(1, 23), 128]
+    done = program(folder, whole, "--max-samples", "150", code=1)
+    lines = done.stderr.splitlines()
+    assert [line.split(".pt: ")[0] for line in lines] == [f"error: {folder}/checkpoints/{step}" for step in bad]
+    assert max(map(len, lines)) < 500 + len(str(folder)) and not (tmp_path / "executed").exists()
+    assert list(table(folder)) == [(step, name) for step in (0, 256, 384) for name in ("actor", "critic")]
+    assert table(folder).items() <= table(whole).items() and len(table(whole)) == 8
+
+    # What is broken stays so: it is named again, and nothing is fitted.
+    before = (folder / "plasticity" / "plasticity.csv").read_bytes()
+    assert not probe(folder)
+    assert (folder / "plasticity" / "plasticity.csv").read_bytes() == before
+
+
+def test_a_first_checkpoint_that_is_broken(run, capsys):
+    """The next one makes the data. A file whose arguments ask for networks beyond its weights takes no memory."""
+    folder = run()
+    path = folder / "checkpoints" / "0.pt"
+    first = torch.load(path, weights_only=True)
+    torch.save({**first, "args": {**first["args"], "hidden_sizes": (100_000, 100_000)}}, path)
+    assert not probe(folder, checkpoints=("last",))
+    printed = capsys.readouterr()
+    assert printed.err == f"error: {path}: has weights that don't fit its arguments\n"
+    assert "step 128 acts" in printed.out and list(table(folder)) == [(384, "actor"), (384, "critic")]
+    assert json.loads((folder / "plasticity" / "settings.json").read_text())["settings"]["first_checkpoint"] == 128
+    for path in folder.glob("checkpoints/*.pt"):
+        path.write_text("x")
+    assert not probe(folder, name="none")
+    assert "has no checkpoint that can be probed" in capsys.readouterr().err and not (folder / "none").exists()
+
+
+def test_an_interrupted_probe_goes_on(run):
+    folder, whole = run(), run(name="whole")
+    command = [sys.executable, str(ROOT / "plasticity_probe.py"), str(folder), "--epochs", "8", "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 256"):
+                process.send_signal(signal.SIGINT)
+                break
+        _, said = process.communicate(timeout=300)
+    assert process.returncode == 130 and said.startswith("error: interrupted") and said.count("\n") == 1
+    assert {path.name for path in (folder / "plasticity").iterdir()} == {
+        *("plasticity.csv", "settings.json", "events.out.tfevents.000000000000", "events.out.tfevents.000000000128"),
+    }
+    assert list(table(folder)) == [(step, name) for step in (0, 128) for name in ("actor", "critic")]
+    for path in (folder, whole):
+        assert probe(path, epochs=8, max_samples=0)
+    assert (folder / "plasticity/plasticity.csv").read_bytes() == (whole / "plasticity/plasticity.csv").read_bytes()
+    assert events(folder) == events(whole)
+
+
+def test_a_crash_between_files_is_healed(run, monkeypatch):
+    """Events without their row in the CSV are written again, not twice."""
+    folder = run()
+    real = os.replace
+
+    def crash(source, target):
+        if target.name == "plasticity.csv" and "384" in "".join(path.name for path in target.parent.iterdir()):
+            raise RuntimeError("crash")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(RuntimeError, match="crash"):
+        probe(folder)
+    assert (384, "actor") not in table(folder) and not (folder / "plasticity" / "unfinished.tmp").exists()
+    monkeypatch.undo()
+    assert probe(folder)
+    assert {tag: len(points) for tag, points in events(folder).items()} == dict.fromkeys(events(folder), 4)
+    assert list(table(folder))[-1] == (384, "critic")
+
+
+def refusal(capsys, run, **flags):
+    with pytest.raises(SystemExit) as stop:
+        probe(run, **flags)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
+    assert printed.err.startswith("error: ")
+    return printed.err
+
+
+def test_results_of_other_settings_are_not_mixed(run, capsys):
+    folder = run()
+    assert probe(folder, checkpoints=("first",))
+    before = (folder / "plasticity" / "plasticity.csv").read_bytes()
+    capsys.readouterr()
+    others = {"epochs": 2, "target_seed": 1, "seed": 3, "targets": "initial", "data": "each", "anneal_lr": True}
+    for flag, value in (others | {"max_samples": 100, "num_envs": 2, "max_grad_norm": 1.0}).items():
+        assert "holds a probe with" in refusal(capsys, folder, **{flag: value})
+    assert (folder / "plasticity" / "plasticity.csv").read_bytes() == before
+    assert probe(folder, epochs=2, name="two", checkpoints=("first",))
+    capsys.readouterr()
+    (folder / "plasticity" / "plasticity.csv").write_text("global_step,network\n0,actor\n")
+    assert "plasticity.csv" in refusal(capsys, folder)
+    (folder / "plasticity" / "settings.json").write_text("{")
+    assert "settings.json" in refusal(capsys, folder)
+
+
+WRONG = [
+    ({"checkpoints": ("5",)}, "--checkpoints 5: is no checkpoint of"),
+    ({"checkpoints": ("best",)}, "--checkpoints best"),
+    ({"networks": ()}, "--networks"),
+    ({"epochs": -1}, "--epochs -1: must be at least 0"),
+    ({"num_envs": 2000}, "--num-envs 2000"),
+    ({"max_samples": 63}, "--max-samples 63: must give at least one minibatch, which has 64 samples"),
+    ({"target_seed": -1}, "--target-seed -1"),
+    ({"max_grad_norm": float("nan")}, "--max-grad-norm nan"),
+    ({"name": "../x"}, "--name '../x'"),
+    ({"name": "checkpoints"}, "--name 'checkpoints'"),
+]
+
+
+@pytest.mark.parametrize("flags, said", WRONG)
+def test_bad_input_is_refused(run, capsys, flags, said):
+    folder = run()
+    assert said in refusal(capsys, folder, **flags)
+    assert [path.name for path in folder.iterdir()] == ["checkpoints"]
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path, capsys):
+    assert "must be a run's folder" in refusal(capsys, tmp_path)
+    with pytest.raises(SystemExit):
+        probe()
+    assert capsys.readouterr().err == "error: RUNS: name at least one run's folder, as runs/*\n"
+
+
+def test_every_measure_of_the_training_scripts_is_there(run):
+    """The names of the features' measures are those of the scripts' own diagnostics."""
+    args = ppo_mujoco.Args()
+    layers = ppo_mujoco.NetworkOutput(*torch.randn(4, 8, 6))
+    networks = {"actor": layers, "critic": layers}
+    tags = ppo_mujoco.diagnose(networks, networks, torch.randn(8, 3), torch.ones(3), args)
+    assert {tag.split("/")[-1] for tag in tags if tag.startswith("representation/before/actor/")} == set(MEASURES)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("script", RUNS)
+def test_probes_on_cuda(run, script):
+    folder = run(script)
+    args = dataclasses.replace(Args(runs=(folder,), max_samples=150), device="cuda")
+    plan = plasticity_probe.make_plan(folder, args, torch.device("cuda"))
+    assert plasticity_probe.probe(plan, args, torch.device("cuda"))
+    assert all(row["final_loss"] < row["initial_loss"] for row in table(folder).values())
