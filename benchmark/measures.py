@@ -1,0 +1,179 @@
+"""What the paper's figures and our statistics take from a run's curves: pure functions of series and runs.
+
+Definitions are those of "No Representation, No Trust" (Moalla et al. 2024) where a figure is named. Series are indexed
+by environment steps; NaN stands for what can't be said.
+"""
+
+import math
+import warnings
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from benchmark.logs import DIAGNOSED, PLASTICITY, RANKS, RETURN
+
+ALPHA = 0.05  # of the figures' exponential moving average, per logged iteration
+WINDOW = {"Atari": 1_000_000, "MuJoCo": 50_000}  # environment steps of a window of figure 4
+RANK_SCALE = 512  # by which figure 7 divides a distance, whatever the network's width
+
+# Figure 6, after the update, but for plasticity. Excess ratio and return have rules of their own.
+FINAL_MEASURES = {
+    "return": RETURN,
+    "excess_ratio": "trust_region/excess_ratio",
+    "dead_units": "representation/after/actor/dead_units",
+    "preactivation_norm": "representation/after/actor/preactivation_norm",
+    "pca_rank": DIAGNOSED,
+    "plasticity_loss": PLASTICITY["actor"],
+}
+
+
+def smooth(series, every=1.0):
+    """The figures' exponential moving average, not bias-adjusted: y₀ = x₀, yₜ = (1 − α) yₜ₋₁ + α xₜ.
+
+    Where a point stands for ``every`` logged iterations, as in a thinned file, α is that of as many of them.
+    """
+    return series.ewm(alpha=1 - (1 - ALPHA) ** every, adjust=False).mean()
+
+
+def over_seeds(series, smoothed, every=1.0):
+    """Mean, minimum and maximum over seeds at each step, each smoothed if asked, and how many seeds have the step.
+
+    series: one for each seed. Returns a table indexed by step with the columns mean, min, max and seeds.
+    """
+    table = pd.concat(series, axis=1, sort=True) if series else pd.DataFrame()
+    columns = {"mean": table.mean(axis=1), "min": table.min(axis=1), "max": table.max(axis=1)}
+    if smoothed:
+        columns = {name: smooth(column, every) for name, column in columns.items()}
+    return pd.DataFrame({**columns, "seeds": table.notna().sum(axis=1)})
+
+
+def last_of(series, run, share=0.05):
+    """The part of a series in the last ``share`` of what the run has logged, at least its last value."""
+    late = series[series.index >= (1 - share) * run.last_step]
+    return late if len(late) else series.iloc[-1:]
+
+
+def final_return(run):
+    """Mean return over the last 5 % of the run, each rollout counted once that stands repeatedly on the grid."""
+    carried = last_of(run.carried_return(), run)
+    fresh = carried.index.isin(run.get(RETURN).index)
+    fresh[:1] = True  # the one that was carried into the window
+    return carried[fresh].mean()
+
+
+def final_excess_ratio(run):
+    """Figure 6's excess ratio: mean over iterations of the mean ratio above 1 + ε over the mean ratio below 1 − ε.
+
+    The window is 5 % of the run's steps, and ends at the last iteration that has both; with fewer than 10 such
+    iterations it grows backwards until it holds them. On MuJoCo the numerator is at most 1e13 and the denominator at
+    least 1e-11.
+    """
+    above, below = run.get("trust_region/ratio_above_mean"), run.get("trust_region/ratio_below_mean")
+    both = above.index.intersection(below.index)
+    if both.empty:
+        return math.nan
+    above, below = above[both], below[both]
+    if run.suite == "MuJoCo":
+        above, below = above.clip(upper=1e13), below.clip(lower=1e-11)
+    ratios = (above / below).sort_index()
+    in_window = int((ratios.index > ratios.index[-1] - 0.05 * run.total_steps).sum())
+    return ratios.iloc[-max(in_window, 10) :].mean()
+
+
+def final_values(run):
+    """The measures of figure 6: means over the last 5 % of the run, of plasticity over the last 3 checkpoints."""
+    values = {name: last_of(run.get(tag), run).mean() for name, tag in FINAL_MEASURES.items()}
+    values["return"] = final_return(run)
+    values["excess_ratio"] = final_excess_ratio(run)
+    values["plasticity_loss"] = run.get(PLASTICITY["actor"]).iloc[-3:].mean()
+    return values
+
+
+SCATTERED = {
+    "dead_units": "representation/before/actor/dead_units",
+    "pca_rank": "representation/before/actor/pca_rank",
+    "preactivation_norm": "representation/before/actor/preactivation_norm",
+}
+
+
+def lowest_windows(run, width, count=20):
+    """Figure 4: of a run's windows of ``width`` environment steps, the ``count`` with the lowest ratio below 1 − ε.
+
+    Returns a table indexed by the window's first step: ratio_below and the measures of SCATTERED, means over the
+    iterations in the window that have a ratio below.
+    """
+    table = pd.DataFrame({"ratio_below": run.get("trust_region/ratio_below_mean")}).dropna()
+    for name, tag in SCATTERED.items():
+        table[name] = run.get(tag).reindex(table.index)
+    windows = table.groupby(table.index // width * width).mean()
+    return windows.nsmallest(count, "ratio_below").rename_axis("window_start")
+
+
+def correlations(x, y):
+    """Kendall's τ and Spearman's ρ of two arrays; NaN where either is constant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        return stats.kendalltau(x, y).statistic, stats.spearmanr(x, y).statistic
+
+
+AGREEMENTS = ("Kendall's τ", "Spearman's ρ", "Pearson's r", "1 − distance")
+
+
+def ranks_of(run):
+    """The five ranks of a run's policy after the update, a column each; iterations with one not finite are left out."""
+    columns = {rank: run.get(f"representation/after/actor/{rank}") for rank in RANKS}
+    return pd.DataFrame(columns).replace([np.inf, -np.inf], np.nan).dropna()
+
+
+def rank_agreement(ranks):
+    """Figure 7: how the five ranks of a run agree, (4, 5, 5) in the order of AGREEMENTS and RANKS.
+
+    The last is 1 − ‖a − b‖ / (√n · 512). The correlations of a rank that is constant are NaN.
+    """
+    distances = np.linalg.norm(ranks.to_numpy()[:, :, None] - ranks.to_numpy()[:, None, :], axis=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        agreement = np.stack([ranks.corr(method) for method in ("kendall", "spearman", "pearson")])
+    constant = (ranks.nunique() < 2).to_numpy()
+    agreement[:, constant[:, None] | constant] = math.nan
+    return np.stack([*agreement, 1 - distances / (math.sqrt(len(ranks)) * RANK_SCALE)])
+
+
+def for_good(condition):
+    """The step from which a series of booleans is true up to its end, None if its last value is false."""
+    if condition.empty or not condition.iloc[-1]:
+        return None
+    false = np.flatnonzero(~condition.to_numpy())
+    return int(condition.index[false[-1] + 1 if len(false) else 0])
+
+
+def settled(series, run):
+    """Centred running median over 2 % of the run's steps: noise and single dips go, and a fall stays where it was."""
+    spacing = np.median(np.diff(run.grid)) if len(run.grid) > 1 else run.total_steps
+    width = int(0.02 * run.total_steps / spacing) // 2 * 2 + 1
+    return series.rolling(width, center=True, min_periods=1).median()
+
+
+def collapse(run):
+    """When a run collapsed: the steps from which return and PCA rank are low for good, None if they are not.
+
+    The return is low when it is below half of its running maximum (of a maximum below 0: lower than it by half of its
+    size); the rank of the policy's features after the update when it is below a tenth of its running maximum. Both are
+    taken of running medians, `settled`. The moving average of the figures would not do: it takes 45 logged iterations
+    to follow a sudden fall to a tenth and 14 to a half, and so puts the return first.
+
+    Returns a dict of steps: return_halved, rank_tenth and rank_halved, the conditions each on its own; and collapsed,
+    when return and rank are both low.
+    """
+    score = settled(run.carried_return().dropna(), run)
+    rank = settled(run.get(DIAGNOSED).dropna(), run)
+    best, highest = score.cummax(), rank.cummax()
+    low_return, low_rank = score < best - best.abs() / 2, rank < highest / 10
+    both = low_return & low_rank.reindex(low_return.index, method="ffill", fill_value=False)
+    return {
+        "collapsed": for_good(both),
+        "return_halved": for_good(low_return),
+        "rank_tenth": for_good(low_rank),
+        "rank_halved": for_good(rank < highest / 2),
+    }
