@@ -1,0 +1,80 @@
+"""Training scripts as processes of their own that start at once: forked from one that has imported all they need."""
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ["ppo_atari", "ppo_atari_2models", "ppo_pfo_atari", "ppo_mujoco", "ppo_mujoco_multiseed"]
+# Runs of 10 ms an iteration and more, at whose every iteration everything is logged
+SMALL = {
+    **dict.fromkeys(SCRIPTS[:3], "--num-envs 2 --num-steps 8 --minibatch-size 16 --update-epochs 1 --seed 7"),
+    "ppo_mujoco": "--num-steps 32 --minibatch-size 32 --update-epochs 2 --obs-norm-steps 20 --seed 7",
+    "ppo_mujoco_multiseed": "--num-steps 32 --minibatch-size 32 --update-epochs 2 --obs-norm-steps 20 --seeds 7 3",
+}
+STEPS = {**dict.fromkeys(SCRIPTS[:3], 2 * 8 * 3), "ppo_mujoco": 64, "ppo_mujoco_multiseed": 64}  # of an iteration
+
+context = multiprocessing.get_context("forkserver")
+# OpenGL comes before envpool, as in ppo_mujoco.py; the first optimizer imports torch._dynamo.
+context.set_forkserver_preload(["ppo_mujoco", "torch._dynamo", "forked", "test_scripts", *SCRIPTS])
+
+
+def small(name, iterations):
+    """The flags of a small run."""
+    return [*SMALL[name].split(), "--total-timesteps", str(iterations * STEPS[name]), "--diagnostics-interval", "1"]
+
+
+def _main(path, folder, flags, code, environment):
+    import torch
+
+    os.chdir(folder)
+    log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(environment)
+    sys.argv = [path, *flags]
+    torch.set_num_threads(1)
+    exec(code, {})
+    runpy.run_path(path, run_name="__main__")
+
+
+@contextlib.contextmanager
+def started(name, folder, flags, code="", **environment):
+    """A script's process; its output is in ``folder``/log. ``code`` runs in it before the script."""
+    process = context.Process(target=_main, args=(str(ROOT / f"{name}.py"), folder, flags, code, environment))
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def run(name, folder, flags, code="", **environment):
+    """Run a script to its end; its exit code and what it printed."""
+    before = (folder / "log").stat().st_size if (folder / "log").exists() else 0
+    with started(name, folder, flags, code, **environment) as process:
+        process.join(300)
+        assert process.exitcode is not None, "still running"
+    return process.exitcode, (folder / "log").read_bytes()[before:].decode()
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.is_alive() and time.monotonic() < end
+        time.sleep(0.002)
+
+
+def send(process, number):
+    os.kill(process.pid, number)
+    process.join(120)
+    return process.exitcode
+
+
+__all__ = ["ROOT", "SCRIPTS", "STEPS", "run", "send", "signal", "small", "started", "wait_for"]

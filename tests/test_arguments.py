@@ -1,0 +1,140 @@
+"""Every flag of every script, with values that it must refuse; a new flag has to be added to the table."""
+
+import dataclasses
+import importlib
+import sys
+
+import pytest
+from forked import SCRIPTS
+
+COUNT = ["0", "-1", "1.5", "x", "1" + "0" * 400]
+SIZE = ["-1", "1.5", "x", "1" + "0" * 400]
+POSITIVE = ["0", "-1", "nan", "inf", "x"]
+COEFFICIENT = ["-1", "nan", "inf", "x"]
+SHARE = ["-0.1", "1.1", "nan", "x"]
+SWITCH = ["yes", "1", "True"]  # a switch takes no value
+NAMES = ["", "a/b", "../up", "two words", "line\nbreak", "x" * 200]
+LAYERS = ["", "first", "Last", "1"]
+
+WRONG = {
+    "exp_name": NAMES,
+    "seed": ["-1", "1.5", "x", "2147483648"],
+    "device": ["tpu", "cuda:99", "cuda:007", "cuda:-1", "CPU", ""],
+    "torch_deterministic": SWITCH,
+    "compile": SWITCH,
+    "track": SWITCH,
+    "wandb_project_name": ["", "a/b", "what?", "x" * 200],
+    "wandb_entity": ["", "a/b", "two words"],
+    "wandb_mode": ["", "Offline", "disabled"],
+    "diagnostics_interval": SIZE,
+    "eval_episodes": [*SIZE, "1025"],
+    "eval_interval": SHARE,
+    "capture_video": SWITCH,
+    "checkpoint_interval": ["0", *SHARE],
+    "resume": ["nowhere", "file", "empty", "automatic"],
+    "env_id": ["Nothing-v5", "", "Pong-ram-v0", "../Phoenix-v5", "x" * 1000],
+    "frame_skip": COUNT,
+    "repeat_action_probability": SHARE,
+    "noop_max": [*SIZE, "1001"],
+    "fire_reset": SWITCH,
+    "episodic_life": SWITCH,
+    "total_timesteps": [*COUNT, "1"],
+    "learning_rate": POSITIVE,
+    "anneal_lr": SWITCH,
+    "cosine_lr": SWITCH,
+    "num_envs": [*COUNT, "1025"],
+    "num_steps": [*COUNT, "100001"],
+    "minibatch_size": [*COUNT, "100", "2000000"],
+    "update_epochs": COUNT,
+    "gamma": SHARE,
+    "gae_lambda": SHARE,
+    "norm_adv": SWITCH,
+    "clip_coef": POSITIVE,
+    "clip_objective": SWITCH,
+    "clip_vloss": SWITCH,
+    "ent_coef": COEFFICIENT,
+    "vf_coef": COEFFICIENT,
+    "max_grad_norm": POSITIVE,
+    "adam_eps": POSITIVE,
+    "activation": ["", "relu", "Swish"],
+    "layer_init": ["", "zeros", "Orthogonal"],
+    **dict.fromkeys(("pfo_coef", "critic_pfo_coef"), COEFFICIENT),
+    **dict.fromkeys(("pfo_layers", "critic_pfo_layers"), LAYERS),
+    **{flag: ["", "activations", "all"] for flag in ("pfo_on", "critic_pfo_on")},
+    **{flag: ["", "l1", "L2"] for flag in ("pfo_distance", "critic_pfo_distance")},
+    **{flag: ["", "regularise", "off"] for flag in ("pfo_mode", "critic_pfo_mode")},
+    **dict.fromkeys(("pfo_limit", "critic_pfo_limit"), POSITIVE),
+    "reset_optimizer": SWITCH,
+    "adam_beta1": ["-0.1", "1", "nan", "x"],
+    "adam_beta2": ["-0.1", "1", "nan", "x"],
+    "kl_coef": COEFFICIENT,
+    "kl_target": POSITIVE,
+    "target_kl": COEFFICIENT,
+    # MuJoCo
+    "seeds": ["-1", "x", "1 1", "2147483648", "1.5"],
+    "torch_threads": [*SIZE, "1025"],
+    "obs_norm_steps": ["1", *COUNT],
+    "hidden_sizes": ["0", "-1", "64 x", "64 0", "1.5", "100001"],
+    "share_features": SWITCH,
+}
+
+
+def flags(name):
+    return [field.name for field in dataclasses.fields(importlib.import_module(name).Args) if field.init]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_refuses_what_it_must(name, folder, monkeypatch, capsys):
+    script, tried = importlib.import_module(name), 0
+    for flag in flags(name):
+        assert len(WRONG[flag]) >= 3, flag
+        for value in WRONG[flag]:
+            option = f"--{flag.replace('_', '-')}"
+            values = value.split(" ") if flag in ("seeds", "hidden_sizes") else [value]
+            monkeypatch.setattr(sys, "argv", [f"{name}.py", option, *values])
+            with pytest.raises(SystemExit) as stop:
+                args = script.parse_args(script.Args)
+                script.check_args(args)
+                script.pick_device(args.device)
+                pytest.fail(f"{name}.py {option} {value!r} was taken")
+            printed = capsys.readouterr()
+            assert stop.value.code == 2, (option, value, printed)
+            assert printed.out == "" and printed.err.startswith("error: "), (option, value, printed)
+            assert printed.err.count("\n") == 1 and len(printed.err) < 2000, (option, value, printed)
+            if value and WRONG[flag] is not SWITCH:
+                assert option in printed.err, (option, value, printed)
+            assert all(part in printed.err for part in value[:50].split()), (option, value, printed)
+            tried += 1
+    assert tried > 150
+    assert sorted(path.name for path in folder.iterdir()) == ["empty", "file"]
+
+
+def test_the_table_has_no_flag_that_is_gone():
+    assert set(WRONG) == {flag for name in SCRIPTS for flag in flags(name)}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_takes_its_default(name, monkeypatch):
+    """The table is not refused for another reason: a flag with its default value passes."""
+    script = importlib.import_module(name)
+    defaults = script.parse_args.__globals__["tyro"].cli(script.Args, args=[])
+    for flag in flags(name):
+        value, option = getattr(defaults, flag), f"--{flag.replace('_', '-')}"
+        if isinstance(value, bool):
+            given = [option if value else option.replace("--", "--no-", 1)]
+        elif value in (None, "", ()):
+            continue
+        else:
+            given = [option, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *given])
+        args = script.parse_args(script.Args)
+        script.check_args(args)
+        assert getattr(args, flag) == value

@@ -1,0 +1,35 @@
+"""The same seed and arguments give the same bits, however many threads step the environments."""
+
+import pytest
+from forked import SCRIPTS, run, small
+from test_scripts import scalars_of
+
+THREADS = """
+import envpool
+make = envpool.make
+envpool.make = lambda *args, **kwargs: make(*args, **{**kwargs, "num_threads": COUNT})
+"""
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_same_seed_gives_the_same_bits(name, tmp_path):
+    flags = [*small(name, 6), "--anneal-lr", "--checkpoint-interval", "0.2"]
+    if "mujoco" in name:
+        flags += ["--eval-episodes", "1", "--eval-interval", "0.5"]  # an Atari game takes long
+    folders = [tmp_path / str(count) for count in (0, 1, 3)]  # 0 leaves the choice to envpool
+    for folder in folders:
+        folder.mkdir()
+        code, said = run(name, folder, flags, THREADS.replace("COUNT", folder.name))
+        assert code == 0, said
+    first, *others = [sorted(folder.glob("runs/*")) for folder in folders]
+    assert len(first) == (2 if "multi" in name else 1)
+    for other in others:
+        for mine, theirs in zip(first, other, strict=True):
+            files = sorted(path.name for path in mine.glob("checkpoints/*"))
+            assert files == sorted(path.name for path in theirs.glob("checkpoints/*")) and len(files) == 9
+            for file in files:
+                assert (mine / "checkpoints" / file).read_bytes() == (theirs / "checkpoints" / file).read_bytes(), file
+            one, two = scalars_of(mine), scalars_of(theirs)
+            assert one.keys() == two.keys()
+            for tag, points in one.items():
+                assert tag.startswith(("time/", "charts/SPS", "charts/FPS")) or points == two[tag], tag

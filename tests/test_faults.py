@@ -1,0 +1,216 @@
+"""Full disks, folders that can't be written or are gone, a failing W&B: a line, and the run goes on."""
+
+import contextlib
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from forked import SCRIPTS, STEPS, run, send, small, started, wait_for
+from test_resume import MANY, check_logs, latest, resume, runs_in
+from test_scripts import scalars_of
+
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
+EACH = ["--checkpoint-interval", "1e-5"]
+# Root may write anywhere; without its capabilities it is a user who owns its files and can still read the scripts.
+NOBODY = """
+import ctypes, os
+if os.geteuid() == 0:
+    nothing = (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), nothing) == 0
+"""
+
+
+def goes_on(name, folder, break_it, mend_it, lines, code=""):
+    """Break something in a run's middle: it says so, goes on, and once mended has lost nothing."""
+
+    def printed():
+        return (folder / "log").read_text()
+
+    with started(name, folder, [*small(name, MANY), *EACH], code) as process:
+        wait_for(lambda: latest(folder) >= 2, process)
+        break_it(process)
+        wait_for(lambda: all(line in printed() for line in lines), process)
+        said, count = printed(), printed().count("a second,")
+        wait_for(lambda: printed().count("a second,") > count + 3, process)  # it trains
+        mend_it(process)
+        reached = latest(folder)
+        wait_for(lambda: latest(folder) > reached + 3, process)
+        assert send(process, signal.SIGTERM) == 143
+    assert "Traceback" not in printed()
+    check_logs(name, folder, latest(folder))
+    return said
+
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+    """A file system of ``size`` at ``folder``, where this process may mount one."""
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size},mode=777", "tmpfs", str(folder)], capture_output=True
+    )
+    if done.returncode:
+        pytest.skip("mounting is not allowed here; the tests with a file size limit stand in for it")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.skipif(not shutil.which("mount"), reason="needs mount")
+@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed"])
+def test_a_full_disk(name, tmp_path):
+    with small_disk(tmp_path / "runs", "100m"):
+        filler = tmp_path / "runs" / "Filler__x__0__0"
+
+        def fill(process):
+            with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+
+        lines = ["checkpoints: can't be written to (No space left on device)", "logs wait until it can"]
+        goes_on(name, tmp_path, fill, lambda process: filler.unlink(), lines)
+
+
+@POSIX
+@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed", "ppo_pfo_atari"])
+def test_a_file_size_limit(name, tmp_path):
+    unlimited = resource.RLIM_INFINITY
+
+    def limit(process):
+        sizes = [path.stat().st_size for path in tmp_path.glob("runs/*/events*")]
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (max(sizes) + 100, unlimited))
+
+    def lift(process):
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (unlimited, unlimited))
+
+    goes_on(
+        name, tmp_path, limit, lift, ["checkpoints: can't be written to (File too large)", "logs wait until it can"]
+    )
+
+
+@POSIX
+def test_a_folder_that_turns_read_only(tmp_path):
+    tmp_path.chmod(0o755)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs").chmod(0o777)
+
+    def chmod(mode):
+        return lambda process: [path.chmod(mode) for path in (*runs_in(tmp_path), *tmp_path.glob("runs/*/checkpoints"))]
+
+    lines = ["checkpoints: can't be written to (Permission denied)"]
+    goes_on("ppo_mujoco", tmp_path, chmod(0o555), chmod(0o755), lines, NOBODY)
+
+
+@POSIX
+def test_a_read_only_run_is_not_resumed(tmp_path):
+    tmp_path.chmod(0o755)
+    assert run("ppo_mujoco", tmp_path, small("ppo_mujoco", 2))[0] == 0  # as root where this is root
+    (folder,) = runs_in(tmp_path)
+    for path in (folder, folder / "checkpoints"):
+        path.chmod(0o555)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    total = ["--total-timesteps", str(4 * STEPS["ppo_mujoco"])]
+    code, said = run("ppo_mujoco", tmp_path, [*resume(tmp_path), *total], NOBODY)
+    assert code == 2 and "can't be written to" in said and said.count("\n") == 1, said
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@POSIX
+@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_pfo_atari"])
+def test_a_deleted_folder(name, tmp_path):
+    def delete(process):
+        shutil.rmtree(runs_in(tmp_path)[0], ignore_errors=True)  # a file may come while this goes on
+
+    goes_on(name, tmp_path, delete, lambda process: None, ["was deleted; it is made anew"])
+
+
+FAILING = """
+import wandb
+log, calls = wandb.Run.log, [0]
+def failing(self, *args, **kwargs):
+    calls[0] += 1
+    if calls[0] > 3:
+        raise wandb.errors.CommError("the server is on fire\\nand more")
+    return log(self, *args, **kwargs)
+wandb.Run.log = failing
+"""
+
+
+def test_a_failing_wandb_costs_a_line(tmp_path):
+    flags = [*small("ppo_mujoco", 5), "--track", "--wandb-mode", "offline"]
+    code, said = run("ppo_mujoco", tmp_path, flags, FAILING, WANDB_SILENT="true")
+    assert code == 0 and said.count("W&B failed and tracks this run no further (the server is on fire)") == 1, said
+    check_logs("ppo_mujoco", tmp_path, 5)
+
+
+def test_wandb_goes_on_with_the_same_run(tmp_path):
+    flags = ["--track", "--wandb-mode", "offline"]
+    assert run("ppo_mujoco", tmp_path, [*small("ppo_mujoco", 3), *flags], WANDB_SILENT="true")[0] == 0
+    total = ["--total-timesteps", str(5 * STEPS["ppo_mujoco"])]
+    code, said = run("ppo_mujoco", tmp_path, [*resume(tmp_path), *total], WANDB_SILENT="true")
+    assert code == 0, said
+    names = [path.name for path in runs_in(tmp_path)[0].glob("wandb/offline-run-*/run-*.wandb")]
+    assert len(names) == 2 and len(set(names)) == 1  # one run's id
+
+
+SERVER = """
+import wandb
+init = wandb.init
+class Resumed:
+    resumed, summary, logged = True, {"global_step": STEP}, []
+    config = type("", (), {"update": lambda self, *args, **kwargs: None})()
+    def define_metric(self, *args, **kwargs): pass
+    def log(self, scalars): print("logged at", scalars["global_step"], flush=True)
+    def finish(self, exit_code): print("finished with", exit_code, flush=True)
+def connect(**options):
+    print("id", options["id"], options["resume"], flush=True)
+    return Resumed()
+wandb.init = connect
+"""
+
+
+def test_wandb_logs_no_step_twice(tmp_path):
+    """A stand-in for the server, which has seen steps beyond the checkpoint."""
+    step = STEPS["ppo_mujoco"]
+    assert run("ppo_mujoco", tmp_path, small("ppo_mujoco", 3))[0] == 0
+    total = ["--total-timesteps", str(6 * step), "--track"]
+    code, said = run("ppo_mujoco", tmp_path, [*resume(tmp_path), *total], SERVER.replace("STEP", str(4 * step)))
+    assert code == 0 and " allow" in said and "finished with 0" in said, said
+    logged = [int(line.split()[-1]) for line in said.splitlines() if line.startswith("logged at")]
+    assert min(logged) > 4 * step and {5 * step, 6 * step} <= set(logged)
+
+
+@POSIX
+def test_a_console_that_is_gone_does_not_matter(tmp_path):
+    """Output to a pipe that nobody reads any more, as with ``| head``."""
+    flags = small("ppo_mujoco", 5)
+    code = "import os\nread, write = os.pipe()\nos.close(read)\nos.dup2(write, 1)\nos.dup2(write, 2)\n"
+    assert run("ppo_mujoco", tmp_path, flags, code)[0] in (0, 120)  # 120: Python's, for output that it can't flush
+    check_logs("ppo_mujoco", tmp_path, 5)
+
+
+BROKEN_FILM = """
+import imageio.v2 as imageio
+class Film:
+    def __enter__(self): return self
+    def __exit__(self, *error): pass
+    def append_data(self, image): raise OSError(28, "No space left on device")
+imageio.get_writer = lambda *args, **kwargs: Film()
+"""
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "ppo_atari_2models"])
+def test_a_video_that_cant_be_written_costs_a_line(name, tmp_path):
+    if "mujoco" in name and not __import__(name).can_render("Hopper-v4"):
+        pytest.skip("no EGL and no OSMesa here")
+    flags = [*small(name, 2), "--eval-episodes", "1", "--capture-video"]
+    code, said = run(name, tmp_path, flags, BROKEN_FILM)
+    runs = runs_in(tmp_path)
+    assert code == 0 and said.count("it is left out") == 2 * len(runs), said
+    for path in runs:
+        assert {"eval/greedy/episodic_return", "eval/sampled/episodic_return"} <= scalars_of(path).keys()
+    assert os.path.exists(runs[0] / "checkpoints" / "latest.pt")
