@@ -56,6 +56,7 @@ from common.run import (
     pick_device,
     random_states,
     restore,
+    usable_cores,
 )
 from common.trust_region import feature_drift, normal_kl, ratio_stats
 
@@ -247,6 +248,7 @@ def make_envs(args, num_envs, seeds, **kwargs):
     """``num_envs`` simulations in this process, each with its own seed."""
     if "post_constraint" in envpool.make_spec(args.env_id).config._fields:
         kwargs["post_constraint"] = True  # contact forces as in Gymnasium; envpool's own default leaves them 0
+    kwargs["num_threads"] = min(num_envs, usable_cores())  # envpool counts cores that this process may not use
     return envpool.make(args.env_id, env_type="gymnasium", num_envs=num_envs, seed=seeds, **kwargs)
 
 
@@ -632,15 +634,20 @@ def make_optimizers(agent, args):
     return tuple(torch.optim.Adam(part.parameters(), **adam) for part in agent.parts())
 
 
-def step_optimizer(optimizer, params, grads):
-    """What ``optimizer.step()`` does to ``params``, without its bookkeeping, which takes longer than the step."""
-    states = [optimizer.state[p] for p in params]
+def step_optimizers(optimizers, params, grads):
+    """What ``step()`` of these Adams, equal but for their ``params``, does to them, without the bookkeeping of it.
+
+    params: those of each optimizer that take a step; grads: theirs, one after the other. One call serves all, since the
+    calls take longer than the steps.
+    """
+    states = [optimizer.state[p] for optimizer, own in zip(optimizers, params, strict=True) for p in own]
+    params = [p for own in params for p in own]
     for p, state in zip(params, states, strict=True):
         if not state:
             state["step"] = torch.zeros((), device=p.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
     exp_avgs, exp_avg_sqs, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-    (group,) = optimizer.param_groups
+    (group,) = optimizers[0].param_groups
     settings = {name: group[name] for name in ("lr", "eps", "weight_decay", "amsgrad", "maximize", "fused")}
     beta1, beta2 = group["betas"]
     with torch.no_grad():
@@ -650,10 +657,7 @@ def step_optimizer(optimizer, params, grads):
 def update(differentiate, optimizers, mb, kl_coef, everything=True):
     """One gradient step on a minibatch; returns what is logged by name, without waiting for the device."""
     grads, logged = differentiate(mb, kl_coef, everything)
-    for optimizer in optimizers:
-        params = optimizer.param_groups[0]["params"]
-        step_optimizer(optimizer, params, grads[: len(params)])
-        grads = grads[len(params) :]
+    step_optimizers(optimizers, [optimizer.param_groups[0]["params"] for optimizer in optimizers], grads)
     return logged
 
 

@@ -49,6 +49,7 @@ from common.run import (
     pick_device,
     random_states,
     restore,
+    usable_cores,
 )
 from common.trust_region import feature_drift, normal_kl, ratio_stats
 
@@ -253,6 +254,7 @@ def make_envs(args, num_envs, seeds, **kwargs):
     """``num_envs`` simulations in this process, each with its own seed."""
     if "post_constraint" in envpool.make_spec(args.env_id).config._fields:
         kwargs["post_constraint"] = True  # contact forces as in Gymnasium; envpool's own default leaves them 0
+    kwargs["num_threads"] = min(num_envs, usable_cores())  # envpool counts cores that this process may not use
     return envpool.make(args.env_id, env_type="gymnasium", num_envs=num_envs, seed=seeds, **kwargs)
 
 
@@ -695,15 +697,20 @@ def make_optimizers(agent, args):
     return tuple(torch.optim.Adam(part.parameters(), **adam) for part in agent.parts())
 
 
-def step_optimizer(optimizer, params, grads):
-    """What ``optimizer.step()`` does to ``params``, without its bookkeeping, which takes longer than the step."""
-    states = [optimizer.state[p] for p in params]
+def step_optimizers(optimizers, params, grads):
+    """What ``step()`` of these Adams, equal but for their ``params``, does to them, without the bookkeeping of it.
+
+    params: those of each optimizer that take a step; grads: theirs, one after the other. One call serves all, since the
+    calls take longer than the steps.
+    """
+    states = [optimizer.state[p] for optimizer, own in zip(optimizers, params, strict=True) for p in own]
+    params = [p for own in params for p in own]
     for p, state in zip(params, states, strict=True):
         if not state:
             state["step"] = torch.zeros((), device=p.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
     exp_avgs, exp_avg_sqs, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-    (group,) = optimizer.param_groups
+    (group,) = optimizers[0].param_groups
     settings = {name: group[name] for name in ("lr", "eps", "weight_decay", "amsgrad", "maximize", "fused")}
     beta1, beta2 = group["betas"]
     with torch.no_grad():
@@ -720,7 +727,7 @@ class Adam:
 
     def step(self, grad, learning):
         """grad: (S, number of weights); learning: the seeds that take the step, as indices."""
-        step_optimizer(self.adam, [self.rows[s] for s in learning], [grad[s] for s in learning])
+        step_optimizers([self.adam], [[self.rows[s] for s in learning]], [grad[s] for s in learning])
 
     def load(self, s, optimizers):
         """Take over for seed ``s`` what optimizers of ``make_optimizers`` hold."""

@@ -28,7 +28,7 @@ from rich.live import Live
 from rich.table import Table
 
 from benchmark.attempt import BUSY, GRACE, REFUSED, Unit, next_command, states_of, tail
-from common.run import MAY_DIFFER, check_range, fail, parse_args
+from common.run import MAY_DIFFER, check_range, fail, parse_args, usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 # A script's line on its progress: steps, unit, and the return among what it shows
@@ -249,9 +249,8 @@ def start_ray(args):
             reason = " ".join(str(error).split()) or type(error).__name__
             fail(f"--address {args.address}: no Ray cluster answers there ({reason[:150]})")
     else:
-        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         options |= {"include_dashboard": False, "object_store_memory": 80 * 2**20, "_node_ip_address": "127.0.0.1"}
-        ray.init(address="local", num_cpus=args.num_cpus or allowed, **options)
+        ray.init(address="local", num_cpus=args.num_cpus or usable_cores(), **options)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = {"CPU": args.cpus_per_run, "GPU": args.gpus_per_run}
     if not any(all(node.get(name, 0) >= number for name, number in wanted.items()) for node in nodes):

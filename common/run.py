@@ -129,6 +129,11 @@ def pick_device(name):
     return device
 
 
+def usable_cores():
+    """Number of processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def keep_freed_memory():
     """Have the process keep the memory that it frees, for its next tensors.
 

@@ -1,5 +1,6 @@
 """Grids of real, tiny runs on real Ray: what would run, what is done again, what a lost machine costs."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -306,15 +307,22 @@ def test_runs_of_a_lost_machine_move_to_another(tmp_path):
             return state_of(run.name.rpartition("__")[0], folder).finished
 
         def middle():
-            """A run that is in its middle while another is finished: its script's process and the raylet above it."""
+            """A run that is in its middle while another is finished: its script's process and the raylet above it.
+
+            The process is stopped there, since the run could reach its end before its machine is lost.
+            """
             assert driver.poll() is None, driver.communicate()[0]
             runs = {run.name.split("__")[2]: run for run in folder.glob("runs/*")}
             ends = [run for run in runs.values() if is_finished(run)]
             for process in alive(folder) if ends else []:
-                seed = re.search(rb"--seed\0(\d+)", Path(f"/proc/{process}/cmdline").read_bytes())
-                run = runs.get(seed and seed[1].decode())
-                if run and run not in ends and (run / "checkpoints" / "previous.pt").is_file():
-                    return process, parent(parent(process))
+                with contextlib.suppress(OSError):  # it has ended meanwhile
+                    seed = re.search(rb"--seed\0(\d+)", Path(f"/proc/{process}/cmdline").read_bytes())
+                    run = runs.get(seed and seed[1].decode())
+                    if run and run not in ends and (run / "checkpoints" / "previous.pt").is_file():
+                        os.kill(process, signal.SIGSTOP)
+                        if not is_finished(run):
+                            return process, parent(parent(process))
+                        os.kill(process, signal.SIGCONT)
 
         wait_for(lambda: found.append(middle()) or found[-1])
         process, raylet = found[-1]
