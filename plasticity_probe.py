@@ -16,6 +16,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import functools
 import importlib
 import io
 import json
@@ -26,6 +27,8 @@ import sys
 import time
 import types
 import typing
+import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,8 +43,13 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from common.checkpoint import BadCheckpoint, load_checkpoint
 from common.feature_rank import RANKS, SIGMAS, dead_units, dormant_fraction, feature_ranks, feature_stats, mean_norm
-from common.run import check_range, fail, git_revision, library_versions, parse_args, pick_device
+from common.run import MAY_DIFFER, check_range, fail, git_revision, library_versions, parse_args, pick_device
 from common.trust_region import categorical_kl, normal_kl
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks; there, nothing keeps two probes out of one folder
+    fcntl = None
 
 ROOT = Path(__file__).resolve().parent
 LOSSES = ("initial_loss", "final_loss", "last_minibatch_loss", "loss_auc")
@@ -49,7 +57,15 @@ MEASURES = (
     *(*RANKS, *SIGMAS, "dead_units", "dormant_fraction", "feature_norm", "feature_mean", "feature_std"),
     *("preactivation_norm", "all_preactivation_norm"),
 )
-COLUMNS = ("global_step", "network", *LOSSES, *(f"{when}/{name}" for when in ("before", "after") for name in MEASURES))
+LOGGED = (*LOSSES, *(f"{when}/{name}" for when in ("before", "after") for name in MEASURES))
+COLUMNS = ("global_step", "network", *LOGGED, "weights_crc32")  # the last says which weights were fitted
+# What a unit that counts as dead does on the data set, and what follows where all of a layer are.
+DEAD = {
+    "ReLU": "0 on every observation: the output can't depend on what the network sees",
+    "GELU": "0 on every observation: the output can't depend on what the network sees",
+    "Tanh": "constant within 0.001: the output hardly depends on what the network sees",
+    "LeakyReLU": "negative on every observation: the layer is linear there",
+}
 NUM_THREADS = torch.get_num_threads()
 CHUNK = 512  # observations of a forward pass over the data set: the hidden layers of 36 000 would take gigabytes
 
@@ -71,7 +87,7 @@ class Args:
     seed: int = 1
     """seed of the data's environments and actions, and of the minibatches"""
     num_envs: int = 0
-    """environments, of 36 000 agent steps each on Atari, 1000 on MuJoCo; 0 is the paper's: 1 on Atari, 4 on MuJoCo"""
+    """environments, of 36 000 agent steps (and 1 GB) each on Atari, 1000 on MuJoCo; 0 is the paper's: 1 and 4"""
     max_samples: int = 0
     """most observations in the data set, reached by fewer steps of each environment; 0 is no limit"""
     epochs: int = 0
@@ -86,13 +102,14 @@ class Args:
     """folder in the run's that gets the results; it holds those of one setting"""
 
 
+class Refused(Exception):
+    """A run that can't be probed as it was asked for; the message is for the user."""
+
+
 def check_args(args):
     """Refuse what can't run before anything is started."""
     if not args.runs:
         fail("RUNS: name at least one run's folder, as runs/*")
-    for run in args.runs:
-        if not (run / "checkpoints").is_dir():
-            fail(f"{run}: must be a run's folder, with checkpoints/ in it")
     for which in args.checkpoints:
         if which not in ("first", "last") and not which.isdecimal():
             fail(f"--checkpoints {which}: must be global steps, first or last")
@@ -120,15 +137,18 @@ def open_checkpoint(path):
     return checkpoint
 
 
+@functools.cache
 def training_scripts():
     """Names of this project's training scripts, ``ppo_atari.py`` and so on, found by what they define.
 
     A checkpoint may name any file; only these are imported.
     """
-    needed = {"Args", "check_args", "make_envs", "Agent", "rollout"}
-    defined = {path.name: {getattr(node, "name", None) for node in ast.parse(path.read_text()).body}
-               for path in sorted(ROOT.glob("*.py"))}  # fmt: skip
-    return [name for name, names in defined.items() if needed <= names]
+    needed, found = {"Args", "check_args", "make_envs", "Agent", "rollout"}, []
+    for path in sorted(ROOT.glob("*.py")):
+        with contextlib.suppress(SyntaxError, ValueError):  # a copy that somebody is still writing is none
+            if needed <= {getattr(node, "name", None) for node in ast.parse(path.read_text()).body}:
+                found.append(path.name)
+    return found
 
 
 def may_be(value, kind):
@@ -148,7 +168,11 @@ def script_and_args(checkpoint):
     """The module that made a checkpoint and the run's Args, checked as if typed by hand. Raises BadCheckpoint."""
     if checkpoint["script"] not in training_scripts():
         raise BadCheckpoint(f"was made by {checkpoint['script'][:100]!r}, which is no training script here")
-    script = importlib.import_module(checkpoint["script"].removesuffix(".py"))
+    try:
+        script = importlib.import_module(checkpoint["script"].removesuffix(".py"))
+    except Exception as error:  # of a copy, whatever its author has not finished
+        reason = f"{type(error).__name__}, {error}"
+        raise BadCheckpoint(f"was made by {checkpoint['script']}, which can't be imported: {reason}") from None
     kinds, values = typing.get_type_hints(script.Args), {}
     for name, value in checkpoint["args"].items():
         if name not in kinds:
@@ -327,34 +351,57 @@ class Plan:
     num_steps: int  # agent steps of each environment
     epochs: int
     settings: dict  # what the results depend on, as JSON has it
-    broken: list  # of the paths before the first that can't be read
+    bad: dict  # what is wrong with each of the paths that can't be probed
+
+
+def learnt_by(script, run_args):
+    """What makes two checkpoints those of one run: the script, and the arguments that decide what is learnt."""
+    free = MAY_DIFFER | {"total_timesteps", "num_iterations"}  # a run that is resumed may get longer
+    return script.__name__, tuple(x for x in dataclasses.asdict(run_args).items() if x[0] not in free)
 
 
 def make_plan(run, args, device):
-    """The Plan of a run, or None if none of its checkpoints can be read; says which can't."""
+    """The Plan of a run. Raises Refused where nothing in it can be probed, or not as ``args`` want it.
+
+    A folder may hold checkpoints of other runs. The run is what most of them are of; of as many, what the first is of.
+    """
+    if not (run / "checkpoints").is_dir():
+        raise Refused(f"{run}: must be a run's folder, with checkpoints/ in it")
     # The numbers alone: a run may keep a rolling checkpoint beside those of its milestones.
     paths = {int(path.stem): path for path in run.glob("checkpoints/*.pt") if re.fullmatch("[0-9]{1,18}", path.stem)}
     paths = [paths[step] for step in sorted(paths)]
-    broken = []
+    bad, found = {}, {}
     for path in paths:
         try:
             checkpoint = open_checkpoint(path)
-            script, run_args = script_and_args(checkpoint)
-            kind = Atari if hasattr(script, "categorical_kl") else MuJoCo
+            found[path] = script_and_args(checkpoint)
+        except BadCheckpoint as error:
+            bad[path] = str(error)
+    counts = Counter(learnt_by(*made) for made in found.values())
+    for path, made in found.items():
+        if learnt_by(*made) != counts.most_common(1)[0][0]:
+            bad[path] = f"is of another run than most in {run}"
+    for path, (script, run_args) in found.items():
+        if path in bad:
+            continue
+        kind = Atari if hasattr(script.Args, "frame_skip") else MuJoCo
+        try:
+            checkpoint = open_checkpoint(path)
             agent = new_agent(script, kind, run_args, args.target_seed, device, checkpoint["agent"])
             load_weights(checkpoint, agent, script, kind)
             break
         except BadCheckpoint as error:
-            broken.append(path)
-            complain(f"{path}: {error}")
+            bad[path] = str(error)
     else:
-        complain(f"{run}: has no checkpoint that can be probed")
-        return None
+        for broken, why in sorted(bad.items(), key=lambda x: int(x[0].stem)):
+            complain(f"{broken}: {why}")
+        raise Refused(f"{run}: has no checkpoint that can be probed")
     num_envs = args.num_envs or kind.num_envs
     num_steps = min(kind.num_steps, (args.max_samples or math.inf) // num_envs)
     if num_envs * num_steps < run_args.minibatch_size:
         flag = f"--max-samples {args.max_samples}" if args.max_samples else f"--num-envs {num_envs}"
-        fail(f"{flag}: must give at least one minibatch, which has {run_args.minibatch_size} samples in {run}")
+        size = run_args.minibatch_size
+        raise Refused(f"{flag}: must give at least one minibatch, which has {size} samples in {run}")
     epochs = args.epochs or kind.epochs
     settings = {
         "script": script.__name__ + ".py",
@@ -370,14 +417,19 @@ def make_plan(run, args, device):
         "max_grad_norm": args.max_grad_norm,
         "device": device.type,
     }
-    check_settings(run / args.name, settings)
-    read_results(run / args.name)  # fails where it can't, before anything is started
+    folder = run / args.name
+    if folder.exists() and not folder.is_dir():
+        raise Refused(f"{folder}: is not a folder, for results to be kept in; name another --name")
+    if not os.access(folder if folder.exists() else run, os.W_OK | os.X_OK):
+        raise Refused(f"{folder}: can't be written")
+    check_settings(folder, settings)
+    read_results(folder)  # raises where it can't, before anything is started
     steps = [int(path.stem) for path in paths]
     for which in args.checkpoints:
         if which.isdecimal() and int(which) not in steps:
             nearest = min(steps, key=lambda step: abs(step - int(which)))
-            fail(f"--checkpoints {which}: is no checkpoint of {run}; the nearest is {nearest}")
-    return Plan(run, paths, path, script, run_args, kind, num_envs, int(num_steps), epochs, settings, broken)
+            raise Refused(f"--checkpoints {which}: is no checkpoint of {run}; the nearest is {nearest}")
+    return Plan(run, paths, path, script, run_args, kind, num_envs, int(num_steps), epochs, settings, bad)
 
 
 def new_agent(script, kind, run_args, seed, device, weights=None):
@@ -387,6 +439,7 @@ def new_agent(script, kind, run_args, seed, device, weights=None):
         with torch.device("meta"):
             shapes = {name: x.shape for name, x in kind.agent(script, envs, run_args).state_dict().items()}
         if shapes != {name: x.shape for name, x in weights.items()}:
+            envs.close()
             raise BadCheckpoint("has weights that don't fit its arguments")
     torch.manual_seed(seed)
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last  # as in training
@@ -419,9 +472,10 @@ def check_settings(folder, settings):
         differ = [f"{key} {found.get(key)}, not {settings.get(key)}" for key in {**settings, **found}
                   if found.get(key) != settings.get(key)]  # fmt: skip
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        fail(f"{path}: can't be read, so that it can't say how the results beside it were made; name another --name")
+        why = "can't be read, so that it can't say how the results beside it were made; name another --name"
+        raise Refused(f"{path}: {why}") from None
     if differ:
-        fail(f"{folder}: holds a probe with {'; '.join(differ)}; name another --name, or remove the folder")
+        raise Refused(f"{folder}: holds a probe with {'; '.join(differ)}; name another --name, or remove the folder")
 
 
 def replace(path, write):
@@ -448,49 +502,52 @@ def read_results(folder):
             if tuple(next(reader)) != COLUMNS:
                 raise ValueError
             rows = [dict(zip(COLUMNS, row, strict=True)) for row in reader]
-        rows = [{key: x if key == "network" else float(x) for key, x in row.items()} for row in rows]
-        return {(int(row["global_step"]), row["network"]): row for row in rows}
+        kinds = {"network": str, "global_step": int, "weights_crc32": int}
+        rows = [{key: kinds.get(key, float)(x) for key, x in row.items()} for row in rows]
+        return {(row["global_step"], row["network"]): row for row in rows}
     except (OSError, ValueError, StopIteration):
-        fail(f"{path}: is not as the probe wrote it; name another --name, or remove the folder")
+        raise Refused(f"{path}: is not as the probe wrote it; name another --name, or remove the folder") from None
 
 
-def write_results(folder, settings, rows, step):
-    """Write ``rows``, and the events of those at ``step``; a crash between any two files leaves what can be gone on."""
-    folder.mkdir(exist_ok=True)
+def write_results(folder, settings, rows, key, made):
+    """Write ``rows``, and the events of the one at ``key``; a crash between any two files leaves what can be gone on.
+
+    key: its step and network. made: when the checkpoint was made, in seconds, for the time that TensorBoard shows.
+    """
     if not (folder / "settings.json").exists():
         origin = {"settings": settings, "versions": library_versions(), "git_revision": git_revision()}
         replace(folder / "settings.json", lambda file: file.write(json.dumps(origin, indent=2).encode()))
 
-    # A file for each checkpoint, named so that TensorBoard reads them in order: none is ever changed or half there.
+    # A file for each fit, named so that TensorBoard reads them in the order of the steps, and never half there.
     def write_events(file):
-        events, now = RecordWriter(file), time.time()
-        events.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
-        for row in (rows[key] for key in sorted(rows) if key[0] == step):
-            values = [
-                Summary.Value(tag=f"plasticity/{row['network']}/{name}", simple_value=row[name]) for name in COLUMNS[2:]
-            ]
-            events.write(Event(wall_time=now, step=step, summary=Summary(value=values)).SerializeToString())
+        step, network = key
+        events = RecordWriter(file)
+        events.write(Event(wall_time=made, file_version="brain.Event:2").SerializeToString())
+        values = [Summary.Value(tag=f"plasticity/{network}/{name}", simple_value=rows[key][name]) for name in LOGGED]
+        events.write(Event(wall_time=made, step=step, summary=Summary(value=values)).SerializeToString())
 
     def write_table(file):
         text = io.StringIO()
         table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         table.writeheader()
-        for (step, _), row in sorted(rows.items()):
-            table.writerow({**row, "global_step": step})
+        table.writerows(row for _, row in sorted(rows.items()))
         file.write(text.getvalue().encode())
 
-    replace(folder / f"events.out.tfevents.{step:012d}", write_events)
+    replace(folder / f"events.out.tfevents.{key[0]:012d}.{key[1]}", write_events)
     replace(folder / "plasticity.csv", write_table)
 
 
 def load_agent(path, plan, agent):
     """A copy of ``agent`` with the weights at ``path``, and the run's observation statistics. Raises BadCheckpoint."""
-    checkpoint = open_checkpoint(path)
-    script, run_args = script_and_args(checkpoint)
-    for name in ("env_id", "exp_name", "seed"):
-        if script is not plan.script or getattr(run_args, name) != getattr(plan.run_args, name):
-            raise BadCheckpoint(f"is of another run than {plan.first.name}")
-    return load_weights(checkpoint, copy.deepcopy(agent), script, plan.kind)
+    return load_weights(open_checkpoint(path), copy.deepcopy(agent), plan.script, plan.kind)
+
+
+def checksum(agent):
+    """CRC-32 of an agent's weights, to know it again."""
+    crc = 0
+    for x in agent.state_dict().values():
+        crc = zlib.crc32(x.cpu().contiguous().numpy(), crc)
+    return crc
 
 
 @torch.no_grad()
@@ -530,17 +587,34 @@ def probe_network(name, agent, obs, target, plan, args, device):
     shown += f"; rank {before['pca_rank']:.0f}, dead {before['dead_units']:.0f} of {num_units}"
     print(f"  {name:6}: {shown}; {time.time() - start:.1f} s", flush=True)
     if before["dead_units"] == num_units:
-        print(
-            f"  {name:6}: all {num_units} units are dead, so that its output can't depend on what it sees", flush=True
-        )
+        print(f"  {name:6}: all {num_units} units are dead, {DEAD[plan.run_args.activation]}", flush=True)
     return row
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keep other probes out of a folder of results, which is made. Raises Refused if one is at it."""
+    folder.mkdir(exist_ok=True)
+    if not fcntl:
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Refused(f"{folder}: another probe is at it") from None
+        yield
+    finally:
+        os.close(held)
 
 
 def probe(plan, args, device):
     """Fit the networks of a run's checkpoints and write the results; returns whether every checkpoint could be read."""
-    folder, bad = plan.run / args.name, set(plan.broken)
+    folder, well = plan.run / args.name, True
     rows = read_results(folder)
-    steps = {"first": int(plan.paths[0].stem), "last": int(plan.paths[-1].stem)}
+    steps = {"first": int(plan.first.stem), "last": int(plan.paths[-1].stem)}
     steps = [steps[which] if which in steps else int(which) for which in args.checkpoints]
     paths = [path for path in plan.paths if not steps or int(path.stem) in steps]
     finished = sum(all((int(path.stem), name) in rows for name in args.networks) for path in paths)
@@ -550,13 +624,22 @@ def probe(plan, args, device):
     torch.set_num_threads(1 if plan.kind is MuJoCo else NUM_THREADS)
     random_agent = new_agent(plan.script, plan.kind, plan.run_args, args.target_seed, device)
     obs = None
-    for path in paths:
-        step = int(path.stem)
-        names = [name for name in args.networks if (step, name) not in rows]
-        if not names or path in bad:
+    for path in plan.paths:
+        step, before_first = int(path.stem), int(path.stem) < int(plan.first.stem)
+        if path not in paths and not before_first:  # those before the first are why it is the first
             continue
         try:
+            if path in plan.bad:
+                raise BadCheckpoint(plan.bad[path])
             agent, statistics = load_agent(path, plan, random_agent)
+            crc = checksum(agent)
+            for name in args.networks:
+                if rows.get((step, name), {"weights_crc32": crc})["weights_crc32"] != crc:
+                    print(f"step {step:,}: the {name} fitted before was that of another checkpoint", flush=True)
+                    del rows[step, name]
+            names = [name for name in args.networks if (step, name) not in rows]
+            if not names:
+                continue
             if obs is None or args.data == "each":
                 obs = None  # before the next data set: two would need twice the memory
                 first = load_agent(plan.first, plan, random_agent)
@@ -567,25 +650,44 @@ def probe(plan, args, device):
                 teacher = {name: separate(teacher, name)[0] for name in args.networks}
                 targets = {name: outputs_of(network, obs, device) for name, network in teacher.items()}
         except BadCheckpoint as error:
-            bad.add(path)
+            well = False
             complain(f"{path}: {error}")
             continue
         print(f"step {step:,}", flush=True)
         for name in names:
-            rows[step, name] = probe_network(name, agent, obs, targets[name], plan, args, device)
-            write_results(folder, plan.settings, rows, step)
-    return not bad
+            row = probe_network(name, agent, obs, targets[name], plan, args, device)
+            rows[step, name] = {"global_step": step, **row, "weights_crc32": crc}
+            write_results(folder, plan.settings, rows, (step, name), path.stat().st_mtime)
+    return well
+
+
+def probe_runs(args, device):
+    """Probe each of the runs, whatever becomes of the others; returns the exit code."""
+    plans, well = [], True
+    for run in args.runs:
+        try:
+            plans.append(make_plan(run, args, device))
+        except Refused as error:
+            complain(str(error))
+    if not plans:
+        return 2
+    for plan in plans:
+        try:
+            with locked(plan.run / args.name):
+                well = probe(plan, args, device) and well
+        except Refused as error:
+            well = False
+            complain(str(error))
+        except OSError as error:
+            well = False
+            complain(f"{error.filename or plan.run}: {error.strerror or error}; finished fits are kept")
+    return 0 if well and len(plans) == len(args.runs) else 1
 
 
 if __name__ == "__main__":
     args = parse_args(Args)
     check_args(args)
-    device = pick_device(args.device)
     try:
-        plans = [make_plan(run, args, device) for run in args.runs]
-        well = [plan is not None and probe(plan, args, device) for plan in plans]
+        raise SystemExit(probe_runs(args, pick_device(args.device)))
     except KeyboardInterrupt:
         fail("interrupted; what was finished is kept, and the same command goes on from there", code=130)
-    except OSError as error:
-        fail(f"{error.filename or error}: can't be written ({error.strerror}); finished fits are kept", code=1)
-    raise SystemExit(0 if all(well) else 1)

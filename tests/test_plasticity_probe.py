@@ -20,7 +20,7 @@ import plasticity_probe
 import ppo_mujoco
 import ppo_pfo_atari
 from common.feature_rank import feature_ranks, mean_norm
-from plasticity_probe import COLUMNS, MEASURES, Args, Atari, MuJoCo
+from plasticity_probe import LOGGED, MEASURES, Args, Atari, MuJoCo
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = np.load(Path(__file__).parent / "golden" / "reference.npz")
@@ -152,11 +152,13 @@ def run(trained, tmp_path):
 
 
 def probe(*runs, **flags):
-    """Probe in this process; returns whether all was well."""
+    """Probe in this process; returns whether all was well, and raises SystemExit where nothing could be done."""
     args = Args(runs=runs, device="cpu", **{"max_samples": 150, **flags})
     plasticity_probe.check_args(args)
-    plans = [plasticity_probe.make_plan(run, args, CPU) for run in runs]
-    return all([plan is not None and plasticity_probe.probe(plan, args, CPU) for plan in plans])
+    code = plasticity_probe.probe_runs(args, CPU)
+    if code == 2:
+        raise SystemExit(code)
+    return code == 0
 
 
 def program(*flags, code=0):
@@ -169,7 +171,7 @@ def program(*flags, code=0):
 def table(run, name="plasticity"):
     with open(run / name / "plasticity.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    return {(int(row["global_step"]), row["network"]): {key: float(row[key]) for key in COLUMNS[2:]} for row in rows}
+    return {(int(row["global_step"]), row["network"]): {key: float(row[key]) for key in LOGGED} for row in rows}
 
 
 def events(run, name="plasticity"):
@@ -185,7 +187,7 @@ def test_a_probe_of_a_run(run, script, capsys):
     out = program(folder, "--max-samples", "150").stdout
     rows, logged = table(folder), events(folder)
     assert list(rows) == [(step, name) for step in STEPS[script] for name in ("actor", "critic")]
-    assert set(logged) == {f"plasticity/{name}/{key}" for name in ("actor", "critic") for key in COLUMNS[2:]}
+    assert set(logged) == {f"plasticity/{name}/{key}" for name in ("actor", "critic") for key in LOGGED}
     for (step, network), row in rows.items():
         assert all(map(np.isfinite, row.values()))
         assert 0 < row["final_loss"] < row["initial_loss"]
@@ -203,8 +205,7 @@ def test_a_probe_of_a_run(run, script, capsys):
     assert probe(folder) and "4 finished before" in capsys.readouterr().out
     assert written == {path.name: path.read_bytes() for path in (folder / "plasticity").iterdir()}
     assert probe(folder, name="again")
-    assert (folder / "again" / "plasticity.csv").read_bytes() == written["plasticity.csv"]
-    assert events(folder, "again") == logged
+    assert written == {path.name: path.read_bytes() for path in (folder / "again").iterdir()}
 
 
 def test_neither_network_needs_the_other_and_checkpoints_come_in_any_order(run):
@@ -238,7 +239,8 @@ def test_dead_networks_cannot_fit_and_say_so(run, script, units, capsys):
     assert probe(folder, epochs=10 if script == "ppo_atari" else 40, checkpoints=("first", "last"))
     said = capsys.readouterr().out
     for network in ("actor", "critic"):
-        assert said.count(f"{network:6}: all {units} units are dead") == 1
+        reason = "0 on every observation" if script == "ppo_atari" else "constant within 0.001"
+        assert said.count(f"{network:6}: all {units} units are dead, {reason}") == 1
         dead, live = table(folder)[STEPS[script][-1], network], table(folder)[0, network]
         assert dead["before/dead_units"] == dead["after/dead_units"] == units
         assert dead["after/pca_rank"] <= 1 and dead["final_loss"] > 2 * live["final_loss"]
@@ -341,6 +343,12 @@ def test_bad_checkpoints_are_named_and_skipped(run, trained, tmp_path):
     assert list(table(folder)) == [(step, name) for step in (0, 256, 384) for name in ("actor", "critic")]
     assert table(folder).items() <= table(whole).items() and len(table(whole)) == 8
 
+    # One run of several that can't be probed at all, and a file that is none
+    (tmp_path / "README").write_text("no run")
+    shutil.copytree(folder, tmp_path / "nothing", ignore=lambda *_: {"0.pt", "256.pt", "384.pt", "plasticity"})
+    runs = (tmp_path / "README", tmp_path / "nothing", whole)
+    assert not probe(*runs, name="several") and table(whole, "several") == table(whole)
+
     # What is broken stays so: it is named again, and nothing is fitted.
     before = (folder / "plasticity" / "plasticity.csv").read_bytes()
     assert not probe(folder)
@@ -348,20 +356,75 @@ def test_bad_checkpoints_are_named_and_skipped(run, trained, tmp_path):
 
 
 def test_a_first_checkpoint_that_is_broken(run, capsys):
-    """The next one makes the data. A file whose arguments ask for networks beyond its weights takes no memory."""
+    """The next one makes the data. Files whose arguments ask for networks beyond their weights take no memory."""
     folder = run()
     path = folder / "checkpoints" / "0.pt"
     first = torch.load(path, weights_only=True)
-    torch.save({**first, "args": {**first["args"], "hidden_sizes": (100_000, 100_000)}}, path)
+    torch.save({**first, "agent": {name: x[..., :2] for name, x in first["agent"].items()}}, path)
     assert not probe(folder, checkpoints=("last",))
     printed = capsys.readouterr()
     assert printed.err == f"error: {path}: has weights that don't fit its arguments\n"
     assert "step 128 acts" in printed.out and list(table(folder)) == [(384, "actor"), (384, "critic")]
     assert json.loads((folder / "plasticity" / "settings.json").read_text())["settings"]["first_checkpoint"] == 128
+    for path in folder.glob("checkpoints/[0-9]*.pt"):
+        checkpoint = torch.load(path, weights_only=True)
+        torch.save({**checkpoint, "args": {**checkpoint["args"], "hidden_sizes": (100_000, 100_000)}}, path)
+    with pytest.raises(SystemExit):
+        probe(folder, name="none")
+    assert capsys.readouterr().err.count("has weights that don't fit its arguments\n") == 4
     for path in folder.glob("checkpoints/*.pt"):
         path.write_text("x")
-    assert not probe(folder, name="none")
+    with pytest.raises(SystemExit):
+        probe(folder, name="none")
     assert "has no checkpoint that can be probed" in capsys.readouterr().err and not (folder / "none").exists()
+
+
+@pytest.mark.parametrize("changes", [{"seed": 8}, {"activation": "ReLU"}, {"update_epochs": 20}])
+def test_a_foreign_checkpoint_is_no_part_of_the_run(run, changes, capsys):
+    """Not even as the first one, which would act for all: the run is what most checkpoints are of."""
+    folder, whole = run(), run(name="whole")
+    for step in (0, 256):
+        path = folder / "checkpoints" / f"{step}.pt"
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["args"] |= changes
+        path.unlink()
+        if step == 0:
+            torch.save(checkpoint, path)
+        else:  # longer, as a run that was resumed: still the same one
+            checkpoint["args"] = {**torch.load(folder / "checkpoints" / "384.pt", weights_only=True)["args"]}
+            checkpoint["args"] |= {"total_timesteps": 1000, "num_iterations": 7}
+            torch.save(checkpoint, path)
+    assert not probe(folder)
+    assert capsys.readouterr().err == f"error: {folder}/checkpoints/0.pt: is of another run than most in {folder}\n"
+    (whole / "checkpoints" / "0.pt").unlink()
+    assert probe(whole) and table(whole) == table(folder) and len(table(whole)) == 6
+
+
+def test_another_checkpoint_of_the_same_step_is_fitted_again(run, capsys):
+    """As where a run went back to an older checkpoint and came by again."""
+    folder, other = run(), run(name="other")
+    assert probe(folder)
+    before = table(folder)
+    for path in (folder, other):
+        checkpoint = torch.load(path / "checkpoints" / "256.pt", weights_only=True)
+        for x in checkpoint["agent"].values():
+            x *= 1.01
+        torch.save(checkpoint, path / "checkpoints" / "256.pt")
+    capsys.readouterr()
+    assert probe(folder) and probe(other)
+    said = capsys.readouterr().out
+    assert said.count("fitted before was that of another checkpoint") == 2
+    assert table(folder) == table(other) and events(folder) == events(other)
+    changed = {key for key, row in table(folder).items() if row != before[key]}
+    assert changed == {(256, "actor"), (256, "critic")}
+
+
+def test_two_probes_of_one_run_keep_apart(run, capsys):
+    folder = run()
+    with plasticity_probe.locked(folder / "plasticity"):
+        assert not probe(folder)
+    assert capsys.readouterr().err == f"error: {folder}/plasticity: another probe is at it\n"
+    assert probe(folder)
 
 
 def test_an_interrupted_probe_goes_on(run):
@@ -374,10 +437,13 @@ def test_an_interrupted_probe_goes_on(run):
                 break
         _, said = process.communicate(timeout=300)
     assert process.returncode == 130 and said.startswith("error: interrupted") and said.count("\n") == 1
+    rows = list(table(folder))  # a slow reader's signal may come after the fit of the actor
+    assert rows == [(step, name) for step in (0, 128, 256) for name in ("actor", "critic")][: len(rows)]
+    assert len(rows) in (4, 5)
     assert {path.name for path in (folder / "plasticity").iterdir()} == {
-        *("plasticity.csv", "settings.json", "events.out.tfevents.000000000000", "events.out.tfevents.000000000128"),
+        *("plasticity.csv", "settings.json"),
+        *(f"events.out.tfevents.{step:012d}.{name}" for step, name in rows),
     }
-    assert list(table(folder)) == [(step, name) for step in (0, 128) for name in ("actor", "critic")]
     for path in (folder, whole):
         assert probe(path, epochs=8, max_samples=0)
     assert (folder / "plasticity/plasticity.csv").read_bytes() == (whole / "plasticity/plasticity.csv").read_bytes()
@@ -451,6 +517,72 @@ def test_bad_input_is_refused(run, capsys, flags, said):
     assert [path.name for path in folder.iterdir()] == ["checkpoints"]
 
 
+def test_the_probe_of_a_run_against_a_plain_one(run):
+    """Data, targets, losses and their direction, from environment to table, with PyTorch's own distributions."""
+    folder = run()
+    assert probe(folder, target_seed=5, seed=3, epochs=2, max_samples=256)
+    rows = table(folder)
+    first, last = (torch.load(folder / "checkpoints" / f"{step}.pt", weights_only=True) for step in (0, 384))
+    args = ppo_mujoco.Args(minibatch_size=64)
+    plain = {"obs_dim": first["obs_dim"], "low": first["action_low"].numpy(), "high": first["action_high"].numpy()}
+
+    def agent_of(weights=None, seed=0):
+        torch.manual_seed(seed)
+        agent = ppo_mujoco.Agent(*plain.values(), args)
+        if weights:
+            agent.load_state_dict(weights)
+        return agent
+
+    # Data: 4 environments of 64 steps each, observed through the run's statistics, with sampled actions
+    generator = torch.Generator().manual_seed(plasticity_probe.stream(3, "data"))
+    seeds = torch.randint(2**31 - 1, (4,), generator=generator).tolist()
+    noise = torch.randn((64, 4, 3), generator=generator)
+    envs, actor = ppo_mujoco.make_envs(args, 4, seeds), agent_of(first["agent"])
+    raw, elapsed, seen = envs.reset()[0], np.zeros(4), []
+    mean, std = first["normalizer"]["mean"].numpy(), first["normalizer"]["std"].numpy()
+    for step in range(64):
+        x = np.concatenate([(raw - mean) / std, 2 * elapsed[:, None] / 1000 - 1], axis=1)
+        seen.append(torch.from_numpy(x).float())
+        with torch.no_grad():
+            loc, raw_scale = actor.policy(seen[-1]).output.chunk(2, dim=-1)
+        scale = torch.nn.functional.softplus(raw_scale + np.log(np.expm1(0.99))) + 0.01
+        action = (loc + scale * noise[step]).tanh().clamp(-1 + 1e-6, 1 - 1e-6).numpy().astype(np.float64)
+        raw, _, terminated, truncated, _ = envs.step(action)
+        elapsed += 1
+        ended = np.flatnonzero(terminated | truncated).astype(np.int32)
+        if ended.size:
+            raw[ended], elapsed[ended] = envs.reset(ended)[0], 0
+    obs, target = torch.cat(seen), agent_of(seed=5)
+
+    def normal(output):
+        loc, raw_scale = output.chunk(2, dim=-1)
+        return torch.distributions.Normal(loc, torch.nn.functional.softplus(raw_scale + np.log(np.expm1(0.99))) + 0.01)
+
+    def kl(output, target):
+        return torch.distributions.kl_divergence(normal(target), normal(output)).sum(-1)
+
+    def squared_error(output, target):
+        return (output - target)[:, 0] ** 2
+
+    for name, loss in (("actor", kl), ("critic", squared_error)):
+        network, wanted = getattr(agent_of(last["agent"]), name), getattr(target, name)(obs, False).output.detach()
+        optimizer = torch.optim.Adam(network.parameters(), 3e-4)
+        generator, losses = torch.Generator().manual_seed(plasticity_probe.stream(3, name)), []
+        row = rows[384, name]
+        assert row["initial_loss"] == pytest.approx(loss(network(obs, False).output, wanted).mean().item(), rel=1e-4)
+        for _ in range(2):
+            for mb in torch.randperm(256, generator=generator).split(64):
+                losses.append(loss(network(obs[mb], False).output, wanted[mb]).mean())
+                optimizer.zero_grad()
+                losses[-1].backward()
+                torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+                optimizer.step()
+        losses = [x.item() for x in losses]
+        assert row["last_minibatch_loss"] == pytest.approx(losses[-1], rel=1e-4)
+        assert row["loss_auc"] == pytest.approx(np.mean(losses), rel=1e-4)
+        assert row["final_loss"] == pytest.approx(loss(network(obs, False).output, wanted).mean().item(), rel=1e-4)
+
+
 def test_folders_that_are_no_runs_are_refused(tmp_path, capsys):
     assert "must be a run's folder" in refusal(capsys, tmp_path)
     with pytest.raises(SystemExit):
@@ -472,6 +604,5 @@ def test_every_measure_of_the_training_scripts_is_there(run):
 def test_probes_on_cuda(run, script):
     folder = run(script)
     args = dataclasses.replace(Args(runs=(folder,), max_samples=150), device="cuda")
-    plan = plasticity_probe.make_plan(folder, args, torch.device("cuda"))
-    assert plasticity_probe.probe(plan, args, torch.device("cuda"))
+    assert plasticity_probe.probe_runs(args, torch.device("cuda")) == 0
     assert all(row["final_loss"] < row["initial_loss"] for row in table(folder).values())
