@@ -27,10 +27,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-for library in ("libEGL.so.1", "libOSMesa.so.8", "libOSMesa.so.6"):
-    with contextlib.suppress(OSError):
-        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)  # envpool renders MuJoCo with the OpenGL loaded before it
-        break
+with contextlib.suppress(OSError):
+    ctypes.CDLL("libEGL.so.1", mode=ctypes.RTLD_GLOBAL)  # envpool renders MuJoCo with it, if it is loaded before
 
 import envpool
 import imageio.v2 as imageio
@@ -163,7 +161,8 @@ class Args:
     pfo_distance: Literal["l2", "cosine"] = "l2"
     """mean squared difference, or the negative cosine similarity, to what the rollout recorded"""
     pfo_mode: Literal["regularize", "clip"] = "regularize"
-    """regularize adds the distance to the loss; clip drops the policy gradient of samples out of trust instead"""
+    """regularize adds the distance to the loss; clip drops the policy gradient of samples out of trust instead, at any
+    coefficient above 0"""
     pfo_limit: float = 0.1
     """a sample is out of trust if the held layer's l2 distance exceeds this, or its cosine is below 1 minus this"""
     critic_pfo_coef: float = 0.0
@@ -444,10 +443,8 @@ def rollout(envs, act, normalizer, obs, noise, running):
             ended = np.flatnonzero(done).astype(np.int32)
             episodes += [(i, step + 1, running[0, i], running[1, i]) for i in ended]
             running[:, ended] = 0
-            rewards[step, ended] += 0 * next_obs[ended].sum(
-                1
-            )  # NaN in what the reset writes over is kept in the reward
-            next_obs[ended] = envs.step(np.zeros((ended.size, action_dim)), ended)[0]
+            lost = 0 * next_obs[ended].sum(1, keepdims=True)  # keeps a NaN that the reset would write over
+            next_obs[ended] = envs.step(np.zeros((ended.size, action_dim)), ended)[0] + lost
         following.copy_(normalizer(next_obs, running[1]))
     rewards, dones = (torch.from_numpy(x).to(obs.device) for x in (rewards, dones))
     return Rollout(actions, rewards, dones), episodes
@@ -710,17 +707,16 @@ def flat_weights(network):
     return torch.cat([p.detach().flatten() for p in network.parameters()])
 
 
-def diagnose(before, after, z, half_width, args):
+def diagnose(before, after, z, noise, half_width, args):
     """The representation and trust region measures of a rollout, by tag.
 
     before, after: the NetworkOutput of actor and critic, by these names, for the rollout's N transitions at the two
-    ends of the update phase, with all layers. z: (N, A) the actions before the tanh. The entropy after is estimated
-    with the noise that made the rollout's actions, so that its change owes nothing to another draw.
+    ends of the update phase, with all layers. z: (N, A) the actions before the tanh. noise: (N, A), from which they
+    were made; both entropies are estimated with it, so that the change owes nothing to another draw.
     """
     tags = {}
     loc, scale = loc_and_scale(before["actor"].output)
     new_loc, new_scale = loc_and_scale(after["actor"].output)
-    noise = (z - loc) / scale
     for when, networks in (("before", before), ("after", after)):
         parameters, value = loc_and_scale(networks["actor"].output), networks["critic"].output
         tags[f"representation/{when}/policy_variance"] = policy_variance(*parameters)
@@ -763,7 +759,9 @@ def can_render(env_id):
     code = "import runpy, sys; runpy.run_path(sys.argv[1])['render_frame'](sys.argv[2])"
     script = os.path.abspath(__file__)
     command = [sys.executable, "-c", code, script, env_id]
-    return subprocess.run(command, cwd=os.path.dirname(script), capture_output=True).returncode == 0
+    with contextlib.suppress(subprocess.TimeoutExpired):  # of a driver that hangs
+        return subprocess.run(command, cwd=os.path.dirname(script), capture_output=True, timeout=120).returncode == 0
+    return False
 
 
 @torch.no_grad()
@@ -854,7 +852,7 @@ if __name__ == "__main__":
     # The run's folder: from here on, something is written
     run = Run(args, args.num_iterations * args.batch_size, checkpoint, unit="step")
     if args.capture_video and not film:
-        run.say("--capture-video: MuJoCo can't render here, without EGL and OSMesa; training goes on without videos")
+        run.say("--capture-video: MuJoCo can't render here, for want of EGL; training goes on without videos")
 
     def state(iteration):
         return {
@@ -984,7 +982,8 @@ if __name__ == "__main__":
         else:
             run.say_once("losses/explained_variance is logged only where the returns of a rollout differ")
         checked = {name: [stats[name] for stats in logged] for name in ("policy_loss", "value_loss")}
-        checked["entropy"] = [logged[0]["entropy"], logged[-1]["entropy"]]
+        if args.ent_coef:  # else it is a diagnostic, which stops no run
+            checked["entropy"] = [logged[0]["entropy"], logged[-1]["entropy"]]
         checked |= {f"{name}'s weight": [flat_weights(x).abs().max().item()] for name, x in agent.networks().items()}
         with torch.no_grad():
             checked["policy's output"] = agent.policy(obs[-1]).output.flatten().tolist()
@@ -998,7 +997,7 @@ if __name__ == "__main__":
             diagnostics_start = time.time()
             with torch.no_grad():
                 after = dict(zip(("actor", "critic"), agent(batch["obs"], True), strict=True))
-                scalars |= diagnose(before, after, z, agent.half_width, args)
+                scalars |= diagnose(before, after, z, noise.flatten(0, 1), agent.half_width, args)
                 for name, network in agent.networks().items():
                     new = flat_weights(network)
                     scalars[f"optim/{name}/grad_norm"] = np.mean(grad_norms[name])

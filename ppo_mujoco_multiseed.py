@@ -20,10 +20,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-for library in ("libEGL.so.1", "libOSMesa.so.8", "libOSMesa.so.6"):
-    with contextlib.suppress(OSError):
-        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)  # envpool renders MuJoCo with the OpenGL loaded before it
-        break
+with contextlib.suppress(OSError):
+    ctypes.CDLL("libEGL.so.1", mode=ctypes.RTLD_GLOBAL)  # envpool renders MuJoCo with it, if it is loaded before
 
 import envpool
 import imageio.v2 as imageio
@@ -157,7 +155,8 @@ class Args:
     pfo_distance: Literal["l2", "cosine"] = "l2"
     """mean squared difference, or the negative cosine similarity, to what the rollout recorded"""
     pfo_mode: Literal["regularize", "clip"] = "regularize"
-    """regularize adds the distance to the loss; clip drops the policy gradient of samples out of trust instead"""
+    """regularize adds the distance to the loss; clip drops the policy gradient of samples out of trust instead, at any
+    coefficient above 0"""
     pfo_limit: float = 0.1
     """a sample is out of trust if the held layer's l2 distance exceeds this, or its cosine is below 1 minus this"""
     critic_pfo_coef: float = 0.0
@@ -508,10 +507,8 @@ def rollout(envs, act, normalizer, obs, noise, running):
             ended = np.flatnonzero(done).astype(np.int32)
             episodes += [(i, step + 1, running[0, i], running[1, i]) for i in ended]
             running[:, ended] = 0
-            rewards[step, ended] += 0 * next_obs[ended].sum(
-                1
-            )  # NaN in what the reset writes over is kept in the reward
-            next_obs[ended] = envs.step(np.zeros((ended.size, action_dim)), ended)[0]
+            lost = 0 * next_obs[ended].sum(1, keepdims=True)  # keeps a NaN that the reset would write over
+            next_obs[ended] = envs.step(np.zeros((ended.size, action_dim)), ended)[0] + lost
         following.copy_(normalizer(next_obs, running[1]))
     rewards, dones = (torch.from_numpy(x).to(obs.device) for x in (rewards, dones))
     return Rollout(actions, rewards, dones), episodes
@@ -820,17 +817,16 @@ def flat_weights(network):
     return torch.cat([p.detach().flatten() for p in network.parameters()])
 
 
-def diagnose(before, after, z, half_width, args):
+def diagnose(before, after, z, noise, half_width, args):
     """The representation and trust region measures of a rollout, by tag.
 
     before, after: the NetworkOutput of actor and critic, by these names, for the rollout's N transitions at the two
-    ends of the update phase, with all layers. z: (N, A) the actions before the tanh. The entropy after is estimated
-    with the noise that made the rollout's actions, so that its change owes nothing to another draw.
+    ends of the update phase, with all layers. z: (N, A) the actions before the tanh. noise: (N, A), from which they
+    were made; both entropies are estimated with it, so that the change owes nothing to another draw.
     """
     tags = {}
     loc, scale = loc_and_scale(before["actor"].output)
     new_loc, new_scale = loc_and_scale(after["actor"].output)
-    noise = (z - loc) / scale
     for when, networks in (("before", before), ("after", after)):
         parameters, value = loc_and_scale(networks["actor"].output), networks["critic"].output
         tags[f"representation/{when}/policy_variance"] = policy_variance(*parameters)
@@ -873,7 +869,9 @@ def can_render(env_id):
     code = "import runpy, sys; runpy.run_path(sys.argv[1])['render_frame'](sys.argv[2])"
     script = os.path.abspath(__file__)
     command = [sys.executable, "-c", code, script, env_id]
-    return subprocess.run(command, cwd=os.path.dirname(script), capture_output=True).returncode == 0
+    with contextlib.suppress(subprocess.TimeoutExpired):  # of a driver that hangs
+        return subprocess.run(command, cwd=os.path.dirname(script), capture_output=True, timeout=120).returncode == 0
+    return False
 
 
 @torch.no_grad()
@@ -983,7 +981,7 @@ if __name__ == "__main__":
     ]
     say = runs[0].say
     if args.capture_video and not film:
-        say("--capture-video: MuJoCo can't render here, without EGL and OSMesa; training goes on without videos")
+        say("--capture-video: MuJoCo can't render here, for want of EGL; training goes on without videos")
 
     def state(s, iteration):
         return {
@@ -1045,12 +1043,13 @@ if __name__ == "__main__":
         # Rollout
         rollout_start = time.time()
         noise = [torch.randn((T, N, action_dim), generator=generator, device=device) for generator in generators]
-        transitions, ended = rollout(envs, act, normalizer, obs, torch.cat(noise, dim=1), running)
+        noise = torch.cat(noise, dim=1)
+        transitions, ended = rollout(envs, act, normalizer, obs, noise, running)
         made = {"action": transitions.actions, "observation": obs[1:], "reward": transitions.rewards}
-        broken = {name: (~x.isfinite()).nonzero() for name, x in made.items() if not x.isfinite().all()}
+        broken = {name: (~x.isfinite()).view(T, S * N, -1).any(-1).nonzero() for name, x in made.items()}
         # The earliest first, and of one step the first in the order of cause and effect
         for step, i, name in sorted(
-            ((*at[:2], name) for name, x in broken.items() for at in x.tolist()), key=lambda at: at[0]
+            ((*at, name) for name, x in broken.items() for at in x.tolist()), key=lambda at: at[0]
         ):
             if i // N in training:
                 stop(i // N, f"{name} of environment {i % N} in step {step + 1} of the rollout")
@@ -1143,7 +1142,8 @@ if __name__ == "__main__":
             if diagnosed:
                 scalars[s] |= {f"optim/{name}/grad_norm": np.mean(x) for name, x in grad_norms.items()}
             checked = {name: [stats[name] for stats in of_seed] for name in ("policy_loss", "value_loss")}
-            checked["entropy"] = [of_seed[0]["entropy"], of_seed[-1]["entropy"]]
+            if args.ent_coef:  # else it is a diagnostic, which stops no run
+                checked["entropy"] = [of_seed[0]["entropy"], of_seed[-1]["entropy"]]
             networks = agents.agents[s].networks().items()
             checked |= {f"{name}'s weight": [flat_weights(x).abs().max().item()] for name, x in networks}
             with torch.no_grad():
@@ -1166,7 +1166,7 @@ if __name__ == "__main__":
                     {name: network.map(lambda x, s=s: x[s]) for name, network in networks.items()}
                     for networks in (before, after)
                 ]
-                scalars[s] |= diagnose(*of_seed, z[s], agents.half_width, args)
+                scalars[s] |= diagnose(*of_seed, z[s], by_seed(noise, S)[s], agents.half_width, args)
                 for side in ("above", "below"):
                     if f"trust_region/ratio_{side}_std" not in scalars[s]:
                         ratios = f"trust_region/ratio_{side}_* and excess_ratio"

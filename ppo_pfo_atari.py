@@ -150,7 +150,8 @@ class Args:
     pfo_distance: Literal["l2", "cosine"] = "l2"
     """mean squared difference, or the negative cosine similarity, to what the rollout recorded"""
     pfo_mode: Literal["regularize", "clip"] = "regularize"
-    """regularize adds the distance to the loss; clip drops the policy gradient of samples out of trust instead"""
+    """regularize adds the distance to the loss; clip drops the policy gradient of samples out of trust instead, at any
+    coefficient above 0"""
     pfo_limit: float = 0.1
     """a sample is out of trust if the held layer's l2 distance exceeds this, or its cosine is below 1 minus this"""
     critic_pfo_coef: float = 0.0

@@ -163,7 +163,9 @@ if __name__ == "__main__":
     for turn in range(1, args.rounds + 1):
         rates.append(float(measured([sys.executable, "-c", PRODUCT], args.cores, ".")))
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, str(ROOT / args.script), *passed, "--total-timesteps", str(frames)]
+            # One checkpoint in the middle, as a whole run has one in a dozen iterations
+            run = ["--device", "cpu", "--total-timesteps", str(frames), "--checkpoint-interval", "0.5"]
+            command = [sys.executable, str(ROOT / args.script), *run, *passed]
             measured(command, args.cores, folder)
             speeds.append(sum(map(steps_per_second, Path(folder).glob("runs/*"))))
         rates.append(float(measured([sys.executable, "-c", PRODUCT], args.cores, ".")))

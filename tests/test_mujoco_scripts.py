@@ -156,8 +156,7 @@ def test_many_seeds_are_the_runs_of_each_seed(variant, tmp_path):
 @pytest.mark.parametrize("everything", [True, False])
 def test_recorded_gradients_and_actions_are_the_eager_ones(variant, everything, monkeypatch):
     """Bit for bit, for minibatches and weights other than those that they were recorded with, and so is Adam's step."""
-    flags = [flag for flag in VARIANTS[variant].split() if flag != "--clip-vloss"]
-    monkeypatch.setattr(sys, "argv", ["x", *flags])
+    monkeypatch.setattr(sys, "argv", ["x", *VARIANTS[variant].split()])
     args = script.parse_args(script.Args)
     script.check_args(args)
     everything |= bool(args.kl_coef or args.target_kl)
@@ -239,29 +238,37 @@ def run_broken(folder, name, which, row, when, *flags):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
+# 100 iterations of 2 x 16 transitions, after the 61st of which no checkpoint is due
+LONG = ["--num-steps", "16", "--minibatch-size", "16", "--total-timesteps", "3200", "--checkpoint-interval", "1"]
+BROKEN = 61 * 16 + 8  # the 8th step of the 62nd rollout
+
+
 @pytest.mark.parametrize("which, what", [(0, "observation"), (1, "reward")])
 def test_a_broken_simulation_ends_the_run_at_its_last_good_state(which, what, tmp_path):
-    done = run_broken(tmp_path, "ppo_mujoco", which, 1, 200)
+    done = run_broken(tmp_path, "ppo_mujoco", which, 1, BROKEN, *LONG)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert f"{what} of environment 1 in step 8 of the rollout is not finite in iteration 4" in done.stderr
+    assert f"{what} of environment 1 in step 8 of the rollout is not finite in iteration 62" in done.stderr
     (run,) = (tmp_path / "runs").iterdir()
-    state = load(run / "checkpoints" / "384.pt")
-    assert state["iteration"] == 3 and all(x.isfinite().all() for x in state["agent"].values())
+    state = load(run / "checkpoints" / "latest.pt")
+    assert state["iteration"] == 61 and all(x.isfinite().all() for x in state["agent"].values())
+    assert scalars_of(run)["losses/policy_loss"][-1][0] == state["global_step"] == 61 * 32
 
 
 def test_a_broken_simulation_ends_its_own_seed_alone(tmp_path):
-    done = run_broken(
-        tmp_path, "ppo_mujoco_multiseed", 0, 3, 200, "--seeds", "3", "7", "11", "--diagnostics-interval", "2"
-    )
+    flags = ["--seeds", "3", "7", "11", "--diagnostics-interval", "2", *LONG]
+    done = run_broken(tmp_path, "ppo_mujoco_multiseed", 0, 3, BROKEN, *flags)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert "observation of environment 1 in step 8 of the rollout is not finite in iteration 4" in done.stderr
+    assert "observation of environment 1 in step 8 of the rollout is not finite in iteration 62" in done.stderr
     for run in (tmp_path / "runs").iterdir():
         broken = run.name.split("__")[2] == "7"
         assert (run.name in done.stderr) == broken
-        last = max(int(path.stem) for path in run.glob("checkpoints/[0-9]*.pt"))
-        assert last == (384 if broken else 640)
+        state = load(run / "checkpoints" / "latest.pt")
+        assert state["iteration"] == (61 if broken else 100)
+        assert all(x.isfinite().all() for x in state["agent"].values())
         points = [point for points in scalars_of(run).values() for point in points]
-        assert all(math.isfinite(value) for _, value in points) and max(step for step, _ in points) <= max(last, 512)
+        assert all(math.isfinite(value) for _, value in points)
+        # An episode in the rollout that broke may have ended before that.
+        assert max(step for step, _ in points) <= state["global_step"] + (32 if broken else 0)
 
 
 @pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed"])
@@ -299,10 +306,14 @@ def test_many_seeds_are_tracked_as_a_run_each(tmp_path):
         assert b"losses/policy_loss" in written.read_bytes()
 
 
-@pytest.mark.parametrize("task", ["HalfCheetah-v4", "Ant-v5", "Reacher-v4", "InvertedPendulum-v5"])
+@pytest.mark.parametrize("task", ["HalfCheetah-v4", "Ant-v4", "Humanoid-v4", "Ant-v5", "InvertedPendulum-v5"])
 def test_other_tasks_train(task, tmp_path):
     _, run = run_script("ppo_mujoco", tmp_path, "--env-id", task, *TINY[:-1], "256")
-    assert load(run / "checkpoints" / "256.pt")["args"]["env_id"] == task
+    state = load(run / "checkpoints" / "256.pt")
+    assert state["args"]["env_id"] == task and all(x.isfinite().all() for x in state["agent"].values())
+    scalars = scalars_of(run)
+    assert all(len(scalars[f"losses/{name}_loss"]) == 2 for name in ("policy", "value"))
+    assert all(math.isfinite(value) for name in ("policy", "value") for _, value in scalars[f"losses/{name}_loss"])
 
 
 def test_videos_or_one_line(tmp_path):
@@ -315,7 +326,7 @@ def test_videos_or_one_line(tmp_path):
     assert load(run / "checkpoints" / "640.pt")
     if not script.can_render("Hopper-v4"):
         assert "--capture-video: MuJoCo can't render here" in done.stdout and not (run / "videos").exists()
-        pytest.skip("no EGL and no OSMesa here")
+        pytest.skip("no EGL here")
     for kind, length in lengths.items():
         with imageio.get_reader(run / "videos" / f"640-{kind}.mp4") as film:
             assert film.count_frames() == length
@@ -324,7 +335,7 @@ def test_videos_or_one_line(tmp_path):
 def test_without_opengl_there_is_one_line_and_no_video(tmp_path):
     """A machine with neither library: the dynamic loader finds none of them."""
     code = "import ctypes, runpy, sys; load = ctypes.CDLL\n"
-    code += "def CDLL(name, *a, **k):\n    if name and ('EGL' in name or 'OSMesa' in name): raise OSError(name)\n"
+    code += "def CDLL(name, *a, **k):\n    if name and 'EGL' in name: raise OSError(name)\n"
     code += "    return load(name, *a, **k)\n"
     (tmp_path / "sitecustomize.py").write_text(code + "ctypes.CDLL = CDLL\n")
     flags = [*TINY, "--eval-episodes", "1", "--capture-video"]

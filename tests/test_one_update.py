@@ -1,4 +1,5 @@
-"""One update phase with CleanRL's classic flags against a plain computation that shares no code with the scripts.
+"""One update phase of each script against a plain computation that shares no code with it, Atari in CleanRL's classic
+setting, MuJoCo with PFO and an entropy bonus.
 
 Float64; the independent side uses additions, products, powers, exponentials, logarithms and comparisons alone: its
 convolutions are sums of products of shifted images, its gradients autograd's through these.
@@ -172,3 +173,108 @@ def test_update_phase_against_a_plain_computation(name, monkeypatch, float64):
     for key, x in agent.state_dict().items():
         torch.testing.assert_close(x, weights[key].detach(), rtol=1e-7, atol=1e-10)
     assert max((weights[key].detach() - start[key]).abs().max() for key in weights) > 1e-4
+
+
+def perceptron(weights, network, trunk, x):
+    """Output and last pre-activations of a Tanh network with two hidden layers."""
+    for i in range(2):
+        z = x @ weights[f"{trunk}.hidden.{i}.weight"].T + weights[f"{trunk}.hidden.{i}.bias"]
+        x = 1 - 2 / ((2 * z).exp() + 1)
+    return x @ weights[f"{network}.output.weight"].T + weights[f"{network}.output.bias"], z
+
+
+def softplus(x):
+    return (1 + x.exp()).log()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_update_phase_on_mujoco_against_a_plain_computation(shared, monkeypatch, float64):
+    script = importlib.import_module("ppo_mujoco")
+    flags = "--num-envs 2 --num-steps 8 --minibatch-size 8 --update-epochs 3 --total-timesteps 64 --ent-coef 0.01 "
+    flags += "--pfo-coef 0.7 --learning-rate 3e-3" + " --share-features" * shared
+    monkeypatch.setattr(sys, "argv", ["x", *flags.split()])
+    args = script.parse_args(script.Args)
+    script.check_args(args)
+    torch.manual_seed(3)
+    agent = script.Agent(5, -0.5 * np.ones(3), 0.5 * np.ones(3), args).double()
+    obs, rewards, dones = torch.randn(9, 2, 6), torch.randn(8, 2), (torch.rand(8, 2) < 0.2).double()
+
+    # The script's side: its own functions, as its main block calls them, recorded as on a CPU
+    with torch.no_grad():
+        actions = script.sample(agent.policy(obs[:-1].flatten(0, 1)).output, torch.randn(16, 3))
+        actor, critic = agent(obs.flatten(0, 1))
+        values = critic.output.view(9, 2)
+        advantages, returns = script.gae(rewards, values[:-1], values[1:], dones, args.gamma, args.gae_lambda)
+        loc, scale = script.loc_and_scale(actor.output[:16])
+        z = script.unsquash(actions)
+    batch = {"obs": obs[:-1].flatten(0, 1), "z": z, "logprobs": script.normal_log_prob(z, loc, scale)}
+    batch |= {"loc": loc, "scale": scale, "values": values[:-1].flatten(), "advantages": advantages.flatten()}
+    batch |= {"returns": returns.flatten(), "actor_held": actor.preactivations[:16]}
+    batch |= {"critic_held": critic.preactivations[:16], "noise": torch.randn(16, 3)}
+    start = {key: x.detach().clone() for key, x in agent.named_parameters()}
+    order = torch.cat([torch.randperm(16) for _ in range(args.update_epochs)]).split(8)
+    optimizers = script.make_optimizers(agent, args)
+    differentiate = script.recorded_gradients(
+        lambda mb, kl_coef, everything: script.gradients(agent, script.losses, mb, kl_coef, args, everything)
+    )
+    logged = []
+    for mb_inds in order:
+        mb = {key: x[mb_inds] for key, x in batch.items()}
+        row = script.update(differentiate, optimizers, mb, torch.tensor(0.0))
+        logged.append({key: x.item() for key, x in row.items()})
+
+    # The plain side
+    weights = {key: x.clone().requires_grad_() for key, x in start.items()}
+    trunk = "actor" if shared else "critic"
+    x, ln_2_pi = obs.flatten(0, 1), np.log(2 * np.pi)
+
+    def policy(x):
+        output, preactivations = perceptron(weights, "actor", "actor", x)
+        return output[:, :3], softplus(output[:, 3:] + np.log(np.exp(0.99) - 1)) + 0.01, preactivations
+
+    def log_density(loc, scale, u):
+        z = 0.5 * ((1 + u) / (1 - u)).log()
+        return -(((z - loc) / scale) ** 2 / 2 + scale.log() + ln_2_pi / 2 + (0.5 * (1 - u**2)).log()).sum(1)
+
+    with torch.no_grad():
+        old_values = perceptron(weights, "critic", trunk, x)[0][:, 0].view(9, 2)
+        old_logprob, old_z = log_density(*policy(x[:16])[:2], actions), policy(x[:16])[2]
+    plain_advantages = advantages_of(rewards, old_values, dones)
+    targets, plain_advantages = (plain_advantages + old_values[:-1]).flatten(), plain_advantages.flatten()
+    moments = {key: (torch.zeros_like(p), torch.zeros_like(p)) for key, p in weights.items()}
+    for step, mb_inds in enumerate(order, 1):
+        loc, scale, preactivations = policy(x[mb_inds])
+        value = perceptron(weights, "critic", trunk, x[mb_inds])[0][:, 0]
+        ratio = (log_density(loc, scale, actions[mb_inds]) - old_logprob[mb_inds]).exp()
+        adv = plain_advantages[mb_inds]
+        adv = (adv - adv.sum() / 8) / (((adv - adv.sum() / 8) ** 2).sum() / 8) ** 0.5
+        bounded = ratio * ((ratio >= 0.8) & (ratio <= 1.2)) + 0.8 * (ratio < 0.8) + 1.2 * (ratio > 1.2)
+        policy_loss = -torch.minimum(adv * ratio, adv * bounded).sum() / 8
+        pfo = ((preactivations - old_z[mb_inds]) ** 2).sum() / (8 * 64)
+        drawn = 1 - 2 / ((2 * (loc + scale * batch["noise"][mb_inds])).exp() + 1)
+        entropy = -log_density(loc, scale, drawn).sum() / 8
+        value_loss = 0.5 * ((value - targets[mb_inds]) ** 2).sum() / 8
+        loss = policy_loss + 0.7 * pfo - 0.01 * entropy + value_loss
+        gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+        theirs, norms = logged[step - 1], []
+        for name, expected in (("policy_loss", policy_loss), ("pfo_actor", pfo), ("entropy", entropy)):
+            assert theirs[name] == pytest.approx(expected.item(), rel=1e-8, abs=1e-12)
+        assert theirs["value_loss"] == pytest.approx(value_loss.item(), rel=1e-9)
+        assert theirs["clipfrac"] == ((ratio - 1).abs() > 0.2).double().mean()
+        for group in [""] if shared else ["actor", "critic"]:
+            members = [key for key in weights if key.startswith(group)]
+            norms.append(sum((gradients[key] ** 2).sum() for key in members) ** 0.5)
+            for key in members:
+                gradient = gradients[key] * min(1.0, (0.5 / (norms[-1] + 1e-6)).item())
+                first, second = moments[key]
+                first.mul_(0.9).add_(0.1 * gradient)
+                second.mul_(0.999).add_(0.001 * gradient**2)
+                with torch.no_grad():
+                    root = (second / (1 - 0.999**step)) ** 0.5
+                    weights[key] -= 3e-3 * (first / (1 - 0.9**step)) / (root + 1e-8)
+        assert theirs["actor_grad_norm"] == pytest.approx(norms[0].item(), rel=1e-8)
+        assert theirs["critic_grad_norm"] == pytest.approx(norms[-1].item(), rel=1e-8)
+    assert any(row["clipfrac"] > 0 for row in logged) and any(row["critic_grad_norm"] > 0.5 for row in logged)
+    for key, p in agent.named_parameters():
+        torch.testing.assert_close(p.detach(), weights[key].detach(), rtol=1e-6, atol=1e-9)
+    assert max((weights[key].detach() - start[key]).abs().max() for key in weights) > 1e-3

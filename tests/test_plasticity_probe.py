@@ -595,7 +595,7 @@ def test_every_measure_of_the_training_scripts_is_there(run):
     args = ppo_mujoco.Args()
     layers = ppo_mujoco.NetworkOutput(*torch.randn(4, 8, 6))
     networks = {"actor": layers, "critic": layers}
-    tags = ppo_mujoco.diagnose(networks, networks, torch.randn(8, 3), torch.ones(3), args)
+    tags = ppo_mujoco.diagnose(networks, networks, *torch.randn(2, 8, 3), torch.ones(3), args)
     assert {tag.split("/")[-1] for tag in tags if tag.startswith("representation/before/actor/")} == set(MEASURES)
 
 

@@ -45,6 +45,8 @@ def test_log_probabilities_on_a_grid(box):
     ours = log_prob(*(x.unsqueeze(-1) for x in grid), low, high)
     assert ours.isfinite().all()
     torch.testing.assert_close(ours, golden(f"tanhnormal/logp_{box}"), rtol=1e-4, atol=1e-4)
+    modes = script.squash(locs + midpoint).unsqueeze(1) * half_width + midpoint  # the greedy action
+    torch.testing.assert_close(modes.expand(-1, len(scales)), golden(f"tanhnormal/mode_{box}"), rtol=1e-5, atol=1e-6)
 
 
 @given(
@@ -241,6 +243,26 @@ def test_entropy_bonus_reaches_the_gradient():
     assert output.grad[:, 1].any()
 
 
+@pytest.mark.parametrize("loc", [-20.0, 0.5, 20.0])
+def test_entropy_in_the_diagnostics_is_that_of_the_rollouts_noise(loc):
+    """Also where the policy is saturated, and the actions no longer tell the noise that they were made of."""
+    torch.manual_seed(0)
+    output = torch.cat([torch.full((500, 3), loc), torch.zeros(500, 3)], dim=1)
+    noise = torch.randn(500, 3)
+    z = script.unsquash(script.sample(output, noise))
+    layers = torch.randn(500, 4)
+    networks = {"actor": script.NetworkOutput(output, layers, layers, layers)}
+    networks["critic"] = script.NetworkOutput(output[:, :1], layers, layers, layers)
+    tags = script.diagnose(networks, networks, z, noise, torch.ones(3), default_args(activation="Tanh"))
+    base = torch.distributions.Normal(loc, 1.0)
+    drawn = loc + noise.double()  # tanh' is 4 exp(-2|z|) far out
+    slope = 2 * (math.log(2) - drawn.abs() - torch.nn.functional.softplus(-2 * drawn.abs()))
+    expected = (slope - base.log_prob(drawn)).sum(1).mean().item()
+    for when in ("before", "after"):
+        assert tags[f"representation/{when}/entropy"] == pytest.approx(expected, rel=1e-4)
+    assert expected < 3 * math.log(2)  # the uniform policy's
+
+
 @pytest.mark.parametrize("epsilon", [0.1, 0.2])
 def test_diagnostics_of_the_trust_region(epsilon):
     actor, new_actor, _ = before_and_now("policy")
@@ -249,7 +271,8 @@ def test_diagnostics_of_the_trust_region(epsilon):
     args = default_args(clip_coef=epsilon, activation="Tanh")
     with torch.no_grad():
         before = {"actor": actor, "critic": critic}
-        tags = script.diagnose(before, {"actor": new_actor, "critic": new_critic}, z, torch.ones(3), args)
+        after = {"actor": new_actor, "critic": new_critic}
+        tags = script.diagnose(before, after, z, torch.randn_like(z), torch.ones(3), args)
 
     def expected(name):
         return GOLDEN[f"cont/models_diff/eps{epsilon}/{name}"]
