@@ -43,7 +43,7 @@ class Args:
     optimizer: Literal["sgd", "adam"] = "sgd"
     """SGD without momentum, or Adam with PyTorch's default betas (the paper: SGD)"""
     sweep: bool = False
-    """draw the ratios' excess over 1 + epsilon as a heat map over alpha and the norm of x's features instead"""
+    """draw the ratios' excess over 1 + epsilon as a heat map over alpha and the norm of x's features, 0.01 to 1"""
     output: Path | None = None
     """the PNG to write, and a PDF beside it; None is toy_problem.png, with --sweep toy_problem_sweep.png"""
 
@@ -54,8 +54,9 @@ def check_args(args):
         fail(f"--alpha {' '.join(map(str, args.alpha))}: must be numbers within -1e6 and 1e6")
     if len(args.alpha) > 8:
         fail(f"--alpha: must be at most 8 numbers, to be seen side by side, not {len(args.alpha)}")
-    if args.sweep and args.alpha and not min(args.alpha) < max(args.alpha):
-        fail(f"--alpha {args.alpha[0]}: must be two different numbers with --sweep, the ends of an axis")
+    if args.sweep and args.alpha and (len(args.alpha) != 2 or args.alpha[0] == args.alpha[1]):
+        alphas = " ".join(map(str, args.alpha))
+        fail(f"--alpha {alphas}: must be two different numbers with --sweep, the ends of an axis")
     args.alpha = args.alpha or ((-4.0, 4.0) if args.sweep else (-2.0, 3.0))
     check_range(args, "seed", low=0, high=2**31 - 1)
     check_range(args, "lr clip_coef", above=0, high=1e6)
@@ -143,9 +144,11 @@ def draw_panels(results, args):
     return figure
 
 
-def draw_sweep(args):
-    """Heat maps over alpha and ‖x‖: each state's largest excess over 1 + epsilon, the median over initialisations."""
-    alphas, norms = torch.linspace(min(args.alpha), max(args.alpha), 121).double(), torch.logspace(-2, 0, 101).double()
+def sweep(alphas, norms, args):
+    """Each state's largest ratio − (1 + epsilon), the median over initialisations, (norms, alphas, 2), x and y last.
+
+    alphas: (A,) float64; norms: (N,) float64, of x's features.
+    """
     excess = []
     for seed in range(args.seed, args.seed + SWEEP_SEEDS):
         weights, x, copy = initial_state(seed, args)
@@ -156,8 +159,13 @@ def draw_sweep(args):
         _, ratios = train(weights.expand(len(x), 2, -1), x, y, args)
         excess.append((ratios.amax(0) - (1 + args.clip_coef)).view(len(norms), len(alphas), 2))
     # Not the mean: an action whose initial probability is 1e-5 has a ratio of 1e5 in the end.
-    excess = torch.stack(excess).quantile(0.5, dim=0)  # (norms, alphas, 2)
+    return torch.stack(excess).quantile(0.5, dim=0)
 
+
+def draw_sweep(args):
+    """Heat maps of ``sweep`` over alpha and ‖x‖."""
+    alphas, norms = torch.linspace(min(args.alpha), max(args.alpha), 121).double(), torch.logspace(-2, 0, 101).double()
+    excess = sweep(alphas, norms, args)
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.4), sharey=True, layout="constrained")
     for i, (axis, state) in enumerate(zip(axes, "xy", strict=True)):
         image = axis.pcolormesh(

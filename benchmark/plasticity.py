@@ -6,6 +6,7 @@ python -m benchmark.plasticity runs/Hopper-v4__ppo_mujoco__* --output plasticity
 import csv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import tyro
@@ -27,8 +28,8 @@ class Args:
     """folders of the runs, each probed"""
     name: str = "plasticity"
     """--name of the probe"""
-    loss: str = "final_loss"
-    """which loss to draw, a column of plasticity.csv; the paper's is last_minibatch_loss"""
+    loss: Literal["initial_loss", "final_loss", "last_minibatch_loss", "loss_auc"] = "final_loss"
+    """which loss to draw; the paper's is last_minibatch_loss"""
     labels: tuple[str, ...] = ()
     """what to call the runs, in their order; none given is their seeds"""
     title: str = ""
@@ -49,8 +50,8 @@ def read_losses(run, args):
                 values.append(float(row[args.loss]))
     except FileNotFoundError:
         fail(f"{run}: must be a run's folder that plasticity_probe.py has seen; there is no {path}")
-    except KeyError as error:
-        fail(f"--loss {args.loss}: must be a column of {path}, which has no {error}")
+    except (KeyError, ValueError):
+        fail(f"{path}: is not as plasticity_probe.py wrote it")
     return losses
 
 
@@ -60,15 +61,20 @@ if __name__ == "__main__":
         fail("RUNS: name at least one run's folder, as runs/*")
     if args.labels and len(args.labels) != len(args.runs):
         fail(f"--labels: must be as many as runs, {len(args.runs)}, not {len(args.labels)}")
+    if not args.output.parent.is_dir():
+        fail(f"--output {args.output}: must be in a folder that exists")
     losses = [read_losses(run, args) for run in args.runs]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for axis, (network, label) in zip(axes, NETWORKS.items(), strict=True):
         for i, run in enumerate(args.runs):
             steps, values = losses[i][network]
-            name = args.labels[i] if args.labels else f"seed {run.name.split('__')[-2]}"
+            seed = f"seed {run.name.split('__')[-2]}" if "__" in run.name else run.name
+            name = args.labels[i] if args.labels else seed
             style = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)], "marker": "osD^v"[i % 5]}
             axis.plot(steps, values, label=name, linewidth=1.3, markersize=3.5, **style)
         axis.set(xlabel="environment steps", ylabel=f"{args.loss.replace('_', ' ')} of the {label}", yscale="log")
+        if any(0 in values for values in (of_run[network][1] for of_run in losses)):
+            axis.set_yscale("symlog", linthresh=min(x for of_run in losses for x in of_run[network][1] if x > 0))
         axis.xaxis.set_major_formatter(EngFormatter())
         axis.grid(alpha=0.3)
     axes[0].legend()

@@ -99,11 +99,30 @@ def test_sweep(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.pdf", "s.png"]
 
 
+def test_sweep_is_each_problem_alone():
+    """Cells of the heat map, one seed after the other: which axis is which, the bound, the median."""
+    args = toy_problem.Args(steps=7, clip_coef=0.2, seed=3)
+    alphas, norms = torch.tensor([-3.0, 0.0, 2.0]).double(), torch.tensor([0.05, 0.8]).double()
+    excess = toy_problem.sweep(alphas, norms, args)
+    assert excess.shape == (2, 3, 2)
+    for i, norm in enumerate(norms):
+        for j, alpha in enumerate(alphas):
+            largest = []
+            for seed in range(3, 3 + toy_problem.SWEEP_SEEDS):
+                weights, x, _ = toy_problem.initial_state(seed, args)
+                x = norm * x / x.norm()
+                _, ratios = toy_problem.train(weights[None], x[None], alpha * x[None], args)
+                largest.append(ratios[:, 0].amax(0) - 1.2)
+            torch.testing.assert_close(excess[i, j], torch.stack(largest).quantile(0.5, dim=0))
+    assert excess[1, 2, 1] > 0 > excess[0, 2, 1]  # large features that y shares break the bound, small ones do not
+
+
 WRONG = [
     ("--copied 2", "--copied 2: must be at least 0 and at most --features, 1"),
     ("--alpha nan", "--alpha nan"),
     ("--alpha 1 2 3 4 5 6 7 8 9", "at most 8"),
     ("--sweep --alpha 1", "two different"),
+    ("--sweep --alpha -1 0 1", "two different"),
     ("--lr 0", "--lr 0.0: must be above 0"),
     ("--steps 0", "--steps 0: must be at least 1"),
     ("--seed -1", "--seed -1"),
