@@ -5,10 +5,14 @@ Its log file is locked from the attempt's start until every process that writes 
 to another machine never trains twice at the same time.
 """
 
+import ast
 import contextlib
 import dataclasses
+import functools
 import glob
+import operator
 import os
+import re
 import shlex
 import signal
 import socket
@@ -21,12 +25,14 @@ from pathlib import Path
 import numpy as np
 
 from common.checkpoint import BadCheckpoint, load_checkpoint
+from common.run import MAY_DIFFER
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
+ROOT = Path(__file__).resolve().parent.parent
 GRACE = 90  # seconds that a script may take to end its iteration and save, once it is asked to
 PATIENCE = 300  # seconds that an attempt waits for another process to leave its runs alone
 MARK = "=== "  # begins the lines that an attempt itself writes to the log file
@@ -79,15 +85,84 @@ def newest_checkpoints(folder):
             yield load_checkpoint(path)
 
 
-def state_of(name, folder):
-    """The State of the run ``name`` in ``folder``/runs; of several runs of this name, that of the furthest."""
+def flags_of(words):
+    """The flags of a command line, {name without dashes: [values]}; later ones count. ValueError for a stray word."""
+    flags, values = {}, None
+    for word in words:
+        if re.match(r"--\w", word):
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("_", "-")
+            values = [value] if equals else []
+            flags.pop(name.removeprefix("no-"), None)
+            flags.pop(f"no-{name}", None)
+            flags[name] = values
+        elif values is None or word == "--":
+            raise ValueError(f"{word!r} belongs to no flag")
+        else:
+            values.append(word)
+    return flags
+
+
+@functools.cache
+def defaults_of(script):
+    """The defaults in a script's ``Args``, {field: value}; the script is read, not run."""
+    defaults = {}
+    for node in ast.parse((ROOT / script).read_text(encoding="utf-8")).body:
+        for line in node.body if isinstance(node, ast.ClassDef) and node.name == "Args" else ():
+            with contextlib.suppress(ValueError):  # a field that is filled in at runtime
+                if isinstance(line, ast.AnnAssign) and line.value:
+                    defaults[line.target.id] = ast.literal_eval(line.value)
+    return defaults
+
+
+def means(words, value, same=operator.eq):
+    """Whether the words behind a flag stand for this value of a run's arguments."""
+    if isinstance(value, tuple):
+        return len(words) == len(value) and all(means([word], x) for word, x in zip(words, value, strict=True))
+    if isinstance(value, bool):
+        return value and not words
+    try:
+        return same(float(*words), value) if isinstance(value, int | float) else words == [str(value)]
+    except (TypeError, ValueError):  # no number, or several words
+        return False
+
+
+def is_of(unit, seed, checkpoint):
+    """Whether a checkpoint was made by the unit's command, or by one for fewer steps that can go on.
+
+    A folder's name doesn't tell: a run that was started by hand may have the name, and other arguments.
+    """
+    was, script = checkpoint["args"], unit.command[1]
+    if checkpoint["script"] not in (script, script.replace("_multiseed.py", ".py")):
+        return False
+    said = {name.replace("-", "_"): words for name, words in flags_of(unit.command[2:]).items()}
+    apart = MAY_DIFFER | {"seeds"}
+    for name, value in {**defaults_of(script), "seed": seed}.items():
+        # A run from before the script had a flag did without it.
+        if not {name, f"no_{name}"} & {*said, *apart} and was.get(name, value) != value:
+            return False
+    for name, words in said.items():
+        plain, same = name.removeprefix("no_"), operator.ge if name == "total_timesteps" else operator.eq
+        right = was.get(plain) is False if plain != name else plain in was and means(words, was[plain], same)
+        if not right and plain not in apart:
+            return False
+    return True
+
+
+def state_of(unit, name, seed, folder):
+    """The State of the unit's run ``name`` in ``folder``/runs; of several such runs, that of the furthest."""
     states = [State()]
+    total = flags_of(unit.command[2:]).get("total-timesteps")
     for path in sorted((folder / "runs").glob(glob.escape(name) + "__*")):
         checkpoints = newest_checkpoints(path / "checkpoints")
         last = next(checkpoints, None)
-        if not path.name.rpartition("__")[2].isdecimal() or last is None:
+        if not path.name.rpartition("__")[2].isdecimal() or last is None or not is_of(unit, seed, last):
             continue
-        finished = last["iteration"] >= last["args"].get("num_iterations", 0)
+        args = last["args"]
+        iterations = args.get("num_iterations", 0)
+        if total:  # may be more than the run was started with
+            iterations = int(float(*total)) // (args["batch_size"] * args.get("frame_skip", 1))
+        finished = last["iteration"] >= iterations
         before = None if finished else next(checkpoints, {"iteration": None})["iteration"]
         returns = last.get("recent_returns")
         score = float(np.mean(returns)) if returns else None
@@ -99,10 +174,13 @@ def state_of(name, folder):
 def states_of(unit, folder):
     """The State of each of the unit's runs; a run that is probed is finished if that was since its last checkpoint."""
     if unit.seeds:
-        return [state_of(name, folder) for name in unit.names]
+        return [state_of(unit, name, seed, folder) for name, seed in zip(unit.names, unit.seeds, strict=True)]
     log, checkpoints = folder / "logs" / unit.log, list((folder / unit.probed / "checkpoints").glob("*.pt"))
     done = [line for line in tail(log) if line.startswith(MARK)][-1:] == [f"{MARK}done: {shlex.join(unit.command)}"]
     done = done and all(path.stat().st_mtime <= log.stat().st_mtime for path in checkpoints)
+    if unit.command[1] == "plasticity_probe.py":
+        name = flags_of(unit.command[3:]).get("name", ["plasticity"])
+        done = done and folder.joinpath(unit.probed, *name, "plasticity.csv").is_file()
     return [State(unit.probed, finished=done)]
 
 

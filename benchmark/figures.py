@@ -127,10 +127,14 @@ class Drawn:
         self.left_out += [(run.name, reason) for run in runs if not condition(run)]
         return [run for run in runs if condition(run)]
 
-    def report(self, number, runs, output):
-        """Say which runs the figure has used, and write of each whether, or why not, to ``figureN_runs.csv``."""
+    def report(self, number, runs, refused, output):
+        """Say which runs the figure has used, and write of each whether, or why not, to ``figureN_runs.csv``.
+
+        refused: [(run or file, why it was left out while reading)].
+        """
         reasons, used = dict(self.left_out), {run.name for run in self.used}
         rows = [(run.name, *run.setting, run.seed, run.name in used, reasons.get(run.name, "")) for run in runs]
+        rows += [(name, *[""] * len(SETTING), "", False, reason) for name, reason in refused]
         columns = ["run", *SETTING, "seed", "used", "reason"]
         path = output / f"figure{number}_runs.csv"
         pd.DataFrame(rows, columns=columns).to_csv(path, index=False)
@@ -220,15 +224,17 @@ def legend(figure, axes, **more):
     for axis in axes.flat:
         handles |= {text: handle for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     handles |= more
-    columns = len(handles) if len(handles) < 6 else 3
     if handles:
+        # Some 140 letters fit below the panels, of which a line and its margin take eight.
+        fitting = max(140 // (max(map(len, handles)) + 8), 1)
+        columns = len(handles) if len(handles) <= fitting else min(fitting, 3)
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
 
 
-def seeds_of(runs):
-    """The number of seeds in words, with the runs in progress."""
+def number_of(runs, what):
+    """The number of runs in words, with those in progress."""
     unfinished = sum(not run.finished for run in runs)
-    words = f"{len(runs)} seed" + ("s" if len(runs) > 1 else "")
+    words = f"{len(runs)} {what}" + ("s" if len(runs) > 1 else "")
     return words + (f", {unfinished} in progress" if unfinished else "")
 
 
@@ -240,29 +246,32 @@ def draw_curves(curves, panels, columns):
     """A figure of panels with a curve for each entry of ``curves``, {(label, source): runs}, and its numbers."""
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.3 * columns, 2.35 * rows + 0.5), layout="constrained")
+    ours = [runs for (_, source), runs in curves.items() if source == "runs"]
     numbers, labels = [], list(dict.fromkeys(label for label, _ in curves))
     if any(label in INTERVENTIONS for label in labels):  # each has its colour, whichever others there are
         labels = list(dict.fromkeys([*INTERVENTIONS, *labels]))
     for axis, panel in zip(axes.flat, panels, strict=True):
         empty, fewer = True, set()
         for (label, source), runs in curves.items():
-            series = [curve_of(run, panel.tag) for run in runs if len(curve_of(run, panel.tag))]
-            table = over_seeds(series, panel.smoothed, runs[0].every).dropna(subset="mean")
+            series = [curve_of(run, panel.tag) for run in runs]
+            every = [run.every for run, one in zip(runs, series, strict=True) if len(one)]
+            series = [one for one in series if len(one)]
+            table = over_seeds(series, panel.smoothed, every).dropna(subset="mean")
             if table.empty:
                 continue
             empty = False
             fewer |= {len(series)} if len(series) < len(runs) else set()
-            i = labels.index(label) % len(COLOURS)
-            style = {"color": COLOURS[i], "linestyle": DASHES[i], "linewidth": 1.4}
+            colour, dashes, mark = look(labels.index(label))
+            style = {"color": colour, "linestyle": dashes, "linewidth": 1.4}
             if source == "paper":  # thinner, with marks, and no band: it lies over or beside ours
                 gap = max(len(table) // 8, 1)
-                style |= {"linewidth": 0.8, "marker": MARKERS[i], "markersize": 3.5, "markevery": (gap // 2, gap)}
+                style |= {"linewidth": 0.8, "marker": mark, "markersize": 3.5, "markevery": (gap // 2, gap)}
                 style |= {"markerfacecolor": "white"}
             else:
-                axis.fill_between(table.index, table["min"], table["max"], color=COLOURS[i], alpha=0.15, linewidth=0)
+                axis.fill_between(table.index, table["min"], table["max"], color=colour, alpha=0.15, linewidth=0)
             if not panel.smoothed and len(table) < 60:
-                style |= {"marker": MARKERS[i], "markersize": 2.2}
-            name = f"{label}{', the paper’s logs' if source == 'paper' else ''} ({seeds_of(runs)})"
+                style |= {"marker": mark, "markersize": 2.2}
+            name = f"{label}{', the paper’s logs' if source == 'paper' else ''} ({number_of(runs, 'seed')})"
             axis.plot(table.index, table["mean"], label=name, **style)
             numbers.append(table.rename_axis("step").reset_index().assign(tag=panel.tag, curve=label, source=source))
         axis.set_ylabel(panel.label)
@@ -277,10 +286,17 @@ def draw_curves(curves, panels, columns):
         if panel.tag.endswith("dead_units"):
             whole_numbers(axis.yaxis)
         steps_axis(axis, next(iter(curves.values()))[0])
-    legend(figure, axes)
+    band = plt.Rectangle((0, 0), 1, 1, color="0.88")
+    legend(figure, axes, **({"minimum to maximum": band} if any(len(runs) > 1 for runs in ours) else {}))
     figure.align_ylabels()
     columns = ["tag", "curve", "source", "step", "mean", "min", "max", "seeds"]
     return figure, pd.concat(numbers)[columns]
+
+
+def look(i):
+    """Colour, dashes and marker of the curve or points number i; they come together again after 49."""
+    mark = (i + i // len(COLOURS)) % len(MARKERS)
+    return COLOURS[i % len(COLOURS)], DASHES[mark], MARKERS[mark]
 
 
 def by_source(runs, label):
@@ -293,6 +309,8 @@ def by_source(runs, label):
 
 def curves_by_epochs(drawn, runs, output, number, panels, columns):
     """Baselines, a curve for each number of epochs, per environment and learning rate schedule."""
+    lacking = f"none of figure {number}'s measures in its logs: {', '.join(panel.tag for panel in panels)}"
+    runs = drawn.keep(runs, lacking, lambda run: any(curve_of(run, panel.tag).notna().any() for panel in panels))
     for key, members in by_place([run for run in runs if run.intervention == "none"]).items():
         for (schedule,), chosen in groups(members, "schedule").items():
             curves = {
@@ -328,7 +346,7 @@ def figure_1(drawn, runs, output, args):
                 for ((_, name), source), same in by_source(chosen, lambda run: order_of(run.intervention)).items()
             }
             figure, numbers = draw_curves(curves, FIGURE_1, 3)
-            figure.suptitle(title_of(chosen, f"{epochs} epochs"))
+            figure.suptitle(title_of(chosen, f"{epochs} epochs", "constant learning rate"))
             path = output / file_name(f"figure1_{key}_{epochs}epochs_interventions")
             drawn.save(figure, numbers, path, [run for run in chosen if run.intervention != "none"])
 
@@ -390,17 +408,14 @@ def figure_4(drawn, runs, output, args):
             numbers = pd.concat(tables).reset_index()
             epochs = sorted(numbers["epochs"].unique())
             figure, axes = plt.subplots(1, 3, figsize=(9.9, 3.3), layout="constrained", sharey=True)
+            statistics = []
             for axis, (name, label) in zip(axes, FIGURE_4.items(), strict=True):
                 points = numbers[[name, "ratio_below", "epochs"]].replace([np.inf, -np.inf], np.nan).dropna()
                 log = name == "preactivation_norm" and bool((points[name] > 0).all())
                 for i, count in enumerate(epochs):
                     x, y = points.loc[points["epochs"] == count, [name, "ratio_below"]].to_numpy().T
-                    style = {
-                        "color": COLOURS[i % len(COLOURS)],
-                        "marker": MARKERS[i % len(COLOURS)],
-                        "s": 14,
-                        "linewidths": 0.7,
-                    }
+                    colour, _, mark = look(i)
+                    style = {"color": colour, "marker": mark, "s": 14, "linewidths": 0.7}
                     axis.scatter(x, y, facecolors="none" if i % 2 else None, label=f"{count} epochs", **_edge(style, i))
                 x, y = points[name].to_numpy(), points["ratio_below"].to_numpy()
                 if len(np.unique(x)) > 1:
@@ -411,6 +426,8 @@ def figure_4(drawn, runs, output, args):
                     axis.plot(10**ends if log else ends, line, color="black", linewidth=1.4, label="regression line")
                     tau, rho = correlations(x, y)
                     axis.set_title(f"Kendall's τ = {tau:.2f}, Spearman's ρ = {rho:.2f}".replace("-", "−"))
+                    x_is = f"log10 {name}" if log else name
+                    statistics.append((name, len(x), tau, rho, x_is, fit.slope, fit.intercept))
                 else:
                     axis.set_title("τ and ρ undefined: constant")
                 if log:
@@ -419,13 +436,19 @@ def figure_4(drawn, runs, output, args):
                 if name == "dead_units":
                     whole_numbers(axis.xaxis)
                 axis.set_xlabel(label)
+            low, high = points["ratio_below"].min(), points["ratio_below"].max()
+            if low < high:  # the points' axis: where the line would leave what ratios there are, it ends
+                axes[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
             axes[0].set_ylabel("mean ratio below 1 − ε")
             legend(figure, axes)
-            words = [f"{len(chosen)} runs", f"windows of {width:,} environment steps".replace(",", "\u2009")]
+            words = [number_of(chosen, "run"), f"windows of {width:,} environment steps".replace(",", "\u2009")]
             words += ["the paper’s logs"] if source == "paper" else []
             figure.suptitle(title_of(chosen, *words))
             path = output / file_name(f"figure4_{key}{'' if source == 'runs' else '_paper'}")
             drawn.save(figure, numbers[["run", "epochs", "window_start", "ratio_below", *FIGURE_4]], path, chosen)
+            columns = ["measure", "points", "kendall_tau", "spearman_rho", "regressed_on", "slope", "intercept"]
+            table = pd.DataFrame(statistics, columns=columns)
+            table.to_csv(path.with_name(f"{path.name}_statistics.csv"), index=False, float_format="%.6g")
 
 
 def _edge(style, i):
@@ -458,19 +481,28 @@ def figure_6(drawn, runs, output, args):
             key=lambda box: (order_of(box[0]), box[1] != "runs"),
         )
         epochs = sorted(numbers["epochs"].unique())
+        sizes = numbers.groupby(["intervention", "source"]).size()
         height = 0.31 * len(boxes) + 0.75
         figure, axes = plt.subplots(2, 3, figsize=(9.9, 2 * height + 0.7), layout="constrained", sharey=True)
         for axis, (name, label) in zip(axes.flat, FIGURE_6.items(), strict=True):
             axis.set_xlabel(label)
             finite = numbers[np.isfinite(numbers[name])]
+            infinite = int(np.isinf(numbers[name]).sum())
+            if infinite:
+                axis.set_title(f"{infinite} infinite, not drawn", color="0.4")
             if finite.empty:
-                no_data(axis, name)
+                if not infinite:
+                    no_data(axis, name)
                 continue
             spread = finite[name].max() / finite[name].min() if finite[name].min() > 0 else 1
             if name == "preactivation_norm" or (name == "excess_ratio" and spread > 100):
                 axis.set_xscale("log")
             for y, (intervention, source) in enumerate(boxes):
                 box = finite[(finite["intervention"] == intervention) & (finite["source"] == source)]
+                if len(box) < sizes[intervention, source]:
+                    place_of = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "center", "color": "0.4"}
+                    place_of |= {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5}}
+                    axis.text(1, y - 0.36, f"here {len(box)}", fontsize=7, **place_of)
                 if box.empty:
                     continue
                 axis.boxplot(
@@ -489,7 +521,7 @@ def figure_6(drawn, runs, output, args):
                     values = np.sort(box.loc[box["epochs"] == count, name])
                     offset = 0.2 * (i - (len(epochs) - 1) / 2)
                     style = {
-                        "marker": MARKERS[i % len(COLOURS)],
+                        "marker": MARKERS[i % len(MARKERS)],
                         "s": 9,
                         "color": "0.15",
                         "linewidths": 0.5,
@@ -500,7 +532,6 @@ def figure_6(drawn, runs, output, args):
                 whole_numbers(axis.xaxis)
             if axis.get_xscale() == "log":
                 log_axis(axis.xaxis)
-        sizes = numbers.groupby(["intervention", "source"]).size()
         of_box = numbers.groupby(["intervention", "source"])["epochs"].unique().map(sorted).map(tuple)
         names = []
         for box in boxes:
@@ -549,7 +580,7 @@ def figure_7(drawn, runs, output, args):
             axes[row, 0].set_ylabel(f"{over_runs} over runs")
         figure.colorbar(image, ax=axes, label="agreement (1 is equal)", shrink=0.7)
         envs = sorted({run.env_id for run in chosen})
-        words = [suite, activation, f"{len(chosen)} run{'s' if len(chosen) > 1 else ''} of {', '.join(envs)}"]
+        words = [suite, activation, f"{number_of(chosen, 'run')}, {', '.join(envs)}"]
         figure.suptitle(", ".join(words + (["the paper’s logs"] if source == "paper" else [])))
         table = pd.DataFrame(numbers, columns=["over_runs", "measure", "rank", "other_rank", "value"])
         path = output / f"figure7_{suite}_{file_name(activation)}{'' if source == 'runs' else '_paper'}"
@@ -589,7 +620,7 @@ if __name__ == "__main__":
         for number in dict.fromkeys(args.figure):
             drawn = Drawn()
             FIGURES[number](drawn, runs, args.output, args)
-            drawn.report(number, runs, args.output)
+            drawn.report(number, runs, left_out, args.output)
             missing += [number] * (not drawn.paths)
     if missing:
         fail(f"--figure {' '.join(map(str, missing))}: these runs have nothing to draw for it", code=1)

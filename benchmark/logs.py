@@ -8,6 +8,7 @@ logs of the paper's authors, whose keys `PAPER_KEYS` translates.
 
 import ast
 import glob
+import json
 import struct
 from collections import Counter
 from dataclasses import dataclass, field
@@ -73,6 +74,8 @@ _APART = {
     *("reset_optimizer", "adam_beta1", "adam_beta2", "share_features"),
 }
 _APART_PREFIXES = ("wandb_", "eval_")
+# The settings of the plasticity probe that change what a loss means
+_PROBE = ("targets", "target_seed", "data", "epochs", "num_envs", "steps_per_env", "seed", "anneal_lr", "max_grad_norm")
 
 
 @dataclass
@@ -96,6 +99,7 @@ class Run:
     every: float = 1.0  # logged iterations for which a point stands: 1, or more in a thinned file
     scalars: dict[str, pd.Series] = field(default_factory=dict, repr=False)
     args: dict = field(default_factory=dict, repr=False)  # the script's arguments, where they are known
+    probe: dict = field(default_factory=dict, repr=False)  # settings of plasticity_probe.py, where they are known
 
     @property
     def setting(self):
@@ -142,10 +146,11 @@ def read_events(folder, tags):
     TensorBoard's own reader checks and converts each record, which makes it ten times slower than this one; the log of
     a full Atari run has more than a million.
 
-    Where a resumed run wrote another file, that one counts from its first step on.
+    Where a resumed run wrote another file, that one counts from its first step on. Files of one step of the plasticity
+    probe, which stands in their names, add up.
     Returns {tag: series over steps}, {parameter: value}, and [what was wrong with a file].
     """
-    tags, scalars, parameters, problems = set(tags), {}, {}, []
+    tags, scalars, parameters, problems, last = set(tags), {}, {}, [], None
     for path in sorted(folder.glob("events.out.tfevents.*"), key=lambda path: (path.name.split(".")[3], path.name)):
         read, first_step = {}, None
         data, start = path.read_bytes(), 0
@@ -171,7 +176,9 @@ def read_events(folder, tags):
                 elif value.tag == "hyperparameters/text_summary":
                     parameters |= _parameters(value.tensor.string_val[0].decode())
             start = end + 4
-        if first_step is not None:
+        stamp = path.name.split(".")[3]  # when it was begun, or the probe's step
+        if first_step is not None and stamp != last:
+            last = stamp
             scalars = {tag: [point for point in points if point[0] < first_step] for tag, points in scalars.items()}
         for tag, points in read.items():
             scalars.setdefault(tag, []).extend(points)
@@ -232,6 +239,13 @@ def read_run(folder):
     if "env_id" not in args:
         raise ValueError("its event files have no table of hyperparameters")
     plasticity, _, more_problems = read_events(folder / "plasticity", TAGS)
+    probe = {}
+    if plasticity and (path := folder / "plasticity" / "settings.json").exists():
+        try:
+            settings = json.loads(path.read_text())["settings"]
+            probe = {name: settings.get(name) for name in _PROBE}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            more_problems.append("plasticity/settings.json can't be read")
     missing = {"seed", "update_epochs", "activation", "batch_size", "num_iterations"} - set(args)
     if missing:
         raise ValueError(f"its hyperparameters lack {', '.join(sorted(missing))}: not a run of these scripts")
@@ -250,6 +264,7 @@ def read_run(folder):
         total_steps=args["num_iterations"] * args["batch_size"] * args.get("frame_skip", 1),
         scalars=scalars | plasticity,
         args=args,
+        probe=probe,
     )
     _put_on_grid(run, lambda carried, steps: steps != steps.shift())
     return run, problems + more_problems
@@ -288,37 +303,44 @@ PAPER_FOLDERS = {"adam-beta": "Adam betas", "ppo-kl": "KL penalty", "ppo-early-s
 
 def read_paper_runs(paths):
     """The runs in combined CSV logs, of training and of plasticity, and [(file or run, why it is left out)]."""
-    runs, left_out, plasticity = {}, [], []
+    runs, left_out = {}, []
+    training, plasticity = [], []
     for path in paths:
         header = pd.read_csv(path, nrows=0).columns
         if "config/solve_dir" in header:
-            plasticity.append(path)
-            continue
-        needed = {"global_step", "config/working_dir", *PAPER_SETTINGS.values(), PAPER_KEYS[DIAGNOSED]}
+            needed = {"config/solve_dir", "capacity-counters/env_steps", *PAPER_PLASTICITY_KEYS.values()}
+            tables, used, what = plasticity, needed, "plasticity logs"
+        else:
+            needed = {"global_step", "config/working_dir", *PAPER_SETTINGS.values(), PAPER_KEYS[DIAGNOSED]}
+            tables, used, what = training, needed | set(PAPER_KEYS.values()), "logs"
         if missing := sorted(needed - set(header)):
-            fail(f"{path}: must have the columns of the paper's logs; {', '.join(missing)} not there")
-        table = pd.read_csv(path, usecols=[name for name in header if name in needed | set(PAPER_KEYS.values())])
-        for folder, rows in table.groupby("config/working_dir", sort=True):
-            try:
-                run = _paper_run(folder, rows)
-            except (ValueError, TypeError) as error:
-                left_out.append((str(folder), f"{path.name}: {error}"))
-                continue
-            runs[str(folder).rstrip("/")] = run
-    for path in plasticity:
-        needed = {"config/solve_dir", "capacity-counters/env_steps", *PAPER_PLASTICITY_KEYS.values()}
-        if missing := sorted(needed - set(pd.read_csv(path, nrows=0).columns)):
-            fail(f"{path}: must have the columns of the paper's plasticity logs; {', '.join(missing)} not there")
-        table = pd.read_csv(path, usecols=sorted(needed))
-        for folder, rows in table.groupby("config/solve_dir", sort=True):
-            run = runs.get(str(folder).rstrip("/"))
-            if run is None:
-                left_out.append((str(folder), f"{path.name}: no training log has this folder"))
-                continue
-            for tag, key in PAPER_PLASTICITY_KEYS.items():
-                measured = rows.dropna(subset=[key])
-                run.scalars[tag] = _series(measured["capacity-counters/env_steps"], measured[key])
+            fail(f"{path}: must have the columns of the paper's {what}; {', '.join(missing)} not there")
+        table = pd.read_csv(path, usecols=[name for name in header if name in used])
+        folder = "config/solve_dir" if tables is plasticity else "config/working_dir"
+        if nameless := int(table[folder].isna().sum()):
+            left_out.append((str(path), f"rows without {folder}: {nameless}"))
+        tables.append(table)
+    # A run's rows may lie in several files.
+    for folder, rows in _by_folder(training, "config/working_dir"):
+        try:
+            runs[folder] = _paper_run(folder, rows)
+        except (ValueError, TypeError) as error:
+            left_out.append((folder, str(error)))
+    for folder, rows in _by_folder(plasticity, "config/solve_dir"):
+        if folder not in runs:
+            left_out.append((folder, "plasticity, of which no training log has this folder"))
+            continue
+        for tag, key in PAPER_PLASTICITY_KEYS.items():
+            measured = rows.dropna(subset=[key])
+            runs[folder].scalars[tag] = _series(measured["capacity-counters/env_steps"], measured[key])
     return list(runs.values()), left_out
+
+
+def _by_folder(tables, column):
+    """The rows of all tables by the run's folder in this column."""
+    if tables:
+        table = pd.concat(tables, ignore_index=True)
+        yield from table.groupby(table[column].astype(str).where(table[column].notna()).str.rstrip("/"), sort=True)
 
 
 def _paper_run(folder, rows):
@@ -361,6 +383,7 @@ def _paper_run(folder, rows):
 # Thinned files
 
 _COLUMNS = ("run", *SETTING, "seed", "total_steps", "every")
+_ONCE = ("args", "probe")  # dicts, in the first row of each run
 
 
 def write_thinned(runs, folder, points):
@@ -375,6 +398,7 @@ def write_thinned(runs, folder, points):
             kept = run.grid[chosen]
             every = run.every * len(run.grid) / len(kept)
             head = dict(zip(_COLUMNS, (run.name, *run.setting, run.seed, run.total_steps, every), strict=True))
+            parts = []
             for tag, series in ((tag, run.get(tag)) for tag in TAGS):
                 if tag == RETURN:
                     # Which of two returns is the fresh one depends on the grid.
@@ -383,7 +407,10 @@ def write_thinned(runs, folder, points):
                     series = carried[(steps != steps.shift()) & carried.notna()]
                 elif not tag.startswith("plasticity/"):
                     series = series[series.index.isin(kept)]
-                tables.append(pd.DataFrame({**head, "tag": tag, "step": series.index, "value": series.to_numpy()}))
+                parts.append(pd.DataFrame({**head, "tag": tag, "step": series.index, "value": series.to_numpy()}))
+            tables.append(pd.concat(parts, ignore_index=True))
+            for name, values in zip(_ONCE, (_other_args(run), run.probe), strict=True):
+                tables[-1].loc[0, name] = repr(values)
         path = folder / f"{env_id}{'' if source == 'runs' else '_paper'}.csv.gz"
         table = pd.concat(tables, ignore_index=True)
         # Without the time in it, the same curves make the same file.
@@ -395,13 +422,17 @@ def write_thinned(runs, folder, points):
 def read_thinned(path):
     """The runs in a file of `write_thinned`."""
     table = pd.read_csv(path, dtype={"run": str, "tag": str, "value": float}, keep_default_na=False, na_values=[""])
-    if missing := [name for name in (*_COLUMNS, "tag", "step", "value") if name not in table]:
+    if missing := [name for name in (*_COLUMNS, "tag", "step", "value", *_ONCE) if name not in table]:
         fail(f"{path}: must have the columns of a thinned file; {', '.join(missing)} not there")
     runs = []
     for _, rows in table.groupby("run", sort=False):
         head = {name: rows[name].iloc[0] for name in _COLUMNS}
         head = {name: value.item() if isinstance(value, np.generic) else value for name, value in head.items()}
         scalars = {tag: _series(part["step"], part["value"]) for tag, part in rows.groupby("tag", sort=False)}
+        try:
+            head |= {name: ast.literal_eval(rows[name].iloc[0]) for name in _ONCE}
+        except (ValueError, SyntaxError):
+            raise ValueError(f"its first row of {head['run']} doesn't hold the arguments") from None
         runs.append(Run(name=head.pop("run"), scalars=scalars, **head))
     return runs
 
@@ -412,8 +443,9 @@ def read_thinned(path):
 def read_runs(names):
     """Every run that ``names`` lead to: folders of a run or of runs, CSV files, or patterns of either.
 
-    A name that leads nowhere ends the program with one line. Returns the runs, of each setting those that can be
-    pooled, and [(run, why it is left out)], and [what was wrong with a file that was read all the same].
+    A name that leads nowhere, or is a file that can't be read, ends the program with one line. Returns the runs, of
+    each setting those that can be pooled, and [(run, or file that was not named itself, why it is left out)], and
+    [what was wrong with a run that was read all the same].
     """
     runs, left_out, notes, papers = [], [], [], []
     seen = set()
@@ -435,17 +467,39 @@ def read_runs(names):
                     run, problems = read_run(source)
                     runs.append(run)
                     notes += [f"{source}: {problem}" for problem in problems]
-                elif "tag" in pd.read_csv(source, nrows=0):
+                    continue
+                header = pd.read_csv(source, nrows=0).columns
+                if "tag" in header:
                     runs += read_thinned(source)
-                else:
+                elif source == Path(name) or any(str(column).startswith("config/") for column in header):
                     papers.append(source)
-            except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
-                fail(f"{source}: can't be read ({error})")
+                else:
+                    left_out.append((str(source), "neither a run nor a CSV of curves"))
+            except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError, EOFError) as error:
+                if source == Path(name):
+                    fail(f"{source}: can't be read ({error})")
+                left_out.append((str(source), f"can't be read ({error})"))
             except ValueError as error:
                 left_out.append((str(source), str(error)))
     paper_runs, paper_left_out = read_paper_runs(papers)
     runs, not_pooled = poolable(runs + paper_runs)
-    return runs, left_out + paper_left_out + not_pooled, notes
+    return runs, left_out + paper_left_out + not_pooled, notes + _same_probes(runs)
+
+
+def _same_probes(runs):
+    """Take from runs the plasticity that was measured otherwise than that of most others; lines that say so."""
+    notes = []
+    for suite in sorted({(run.source, run.suite) for run in runs}):
+        probed = [run for run in runs if (run.source, run.suite) == suite and {*PLASTICITY.values()} & {*run.scalars}]
+        prints = Counter(repr(run.probe) for run in probed)
+        usual = next((run.probe for run in probed if repr(run.probe) == prints.most_common(1)[0][0]), {})
+        for run in (run for run in probed if run.probe != usual):
+            pairs = [f"{name} {run.probe.get(name)}, not {usual.get(name)}" for name in {**usual, **run.probe}
+                     if run.probe.get(name) != usual.get(name)]  # fmt: skip
+            notes.append(f"{run.name}: its plasticity is left out, probed unlike most with {'; '.join(pairs)}")
+            for tag in PLASTICITY.values():
+                run.scalars.pop(tag, None)
+    return notes
 
 
 def _sources(path):
@@ -503,7 +557,7 @@ def settings_table(runs):
     for setting in sorted({run.setting for run in runs}, key=str):
         members = sorted((run for run in runs if run.setting == setting), key=lambda run: run.seed)
         seeds = ", ".join(
-            f"{run.seed}" + ("" if run.finished else f" (at {100 * run.last_step / run.total_steps:.0f} %)")
+            f"{run.seed}" + ("" if run.finished else f" (at {100 * run.last_step // run.total_steps} %)")
             for run in members
         )
         lines.append(f"  {', '.join(describe(members[0]))}: {len(members)} runs, seeds {seeds}")

@@ -4,6 +4,7 @@ Definitions are those of "No Representation, No Trust" (Moalla et al. 2024) wher
 by environment steps; NaN stands for what can't be said.
 """
 
+import functools
 import math
 import warnings
 
@@ -36,15 +37,33 @@ def smooth(series, every=1.0):
     return series.ewm(alpha=1 - (1 - ALPHA) ** every, adjust=False).mean()
 
 
-def over_seeds(series, smoothed, every=1.0):
-    """Mean, minimum and maximum over seeds at each step, each smoothed if asked, and how many seeds have the step.
+def spacing(steps):
+    """The usual distance between steps, 0 of a single one."""
+    return float(np.median(np.diff(steps))) if len(steps) > 1 else 0.0
 
-    series: one for each seed. Returns a table indexed by step with the columns mean, min, max and seeds.
+
+def over_seeds(series, smoothed, every=None):
+    """Mean, minimum and maximum over seeds at each step, each smoothed if asked, and how many seeds have come so far.
+
+    All are put on the grid of the coarsest, or else a step would be of those seeds alone that have just this one: the
+    value of a seed is its last one, up to its own end. The grid goes on in equal steps where the coarsest ends early.
+    series: one for each seed. every: for each, the logged iterations for which a point stands, 1 if not given.
+    Returns a table indexed by step with the columns mean, min, max and seeds.
     """
-    table = pd.concat(series, axis=1, sort=True) if series else pd.DataFrame()
+    if not series:
+        return pd.DataFrame(columns=["mean", "min", "max", "seeds"], dtype=float)
+    spacings = [spacing(one.index) for one in series]
+    width, points_of = max(zip(spacings, every or [1.0] * len(series), strict=True))
+    coarsest = [one.index for one, its in zip(series, spacings, strict=True) if its > 0.99 * width or not width]
+    grid = functools.reduce(pd.Index.union, coarsest)
+    if width:
+        rest = np.arange(grid[-1] + width, max(one.index[-1] for one in series) + 1, width)
+        grid = grid.append(pd.Index(rest.astype(grid.dtype)))
+    table = pd.concat([one.reindex(grid[grid <= one.index[-1]], method="ffill") for one in series], axis=1, sort=True)
     columns = {"mean": table.mean(axis=1), "min": table.min(axis=1), "max": table.max(axis=1)}
     if smoothed:
-        columns = {name: smooth(column, every) for name, column in columns.items()}
+        stands_for = points_of * spacing(grid) / width if width else 1.0
+        columns = {name: smooth(column, stands_for) for name, column in columns.items()}
     return pd.DataFrame({**columns, "seeds": table.notna().sum(axis=1)})
 
 
@@ -82,11 +101,15 @@ def final_excess_ratio(run):
 
 
 def final_values(run):
-    """The measures of figure 6: means over the last 5 % of the run, of plasticity over the last 3 checkpoints."""
+    """The measures of figure 6: means over the last 5 % of the run, of plasticity over the last 3 checkpoints.
+
+    They are made every 2.5 %. Where only some were probed, the last 3 of these would be of another time.
+    """
     values = {name: last_of(run.get(tag), run).mean() for name, tag in FINAL_MEASURES.items()}
     values["return"] = final_return(run)
     values["excess_ratio"] = final_excess_ratio(run)
-    values["plasticity_loss"] = run.get(PLASTICITY["actor"]).iloc[-3:].mean()
+    plasticity = run.get(PLASTICITY["actor"])
+    values["plasticity_loss"] = plasticity[plasticity.index > 0.925 * run.last_step].iloc[-3:].mean()
     return values
 
 
@@ -140,18 +163,18 @@ def rank_agreement(ranks):
     return np.stack([*agreement, 1 - distances / (math.sqrt(len(ranks)) * RANK_SCALE)])
 
 
-def for_good(condition):
-    """The step from which a series of booleans is true up to its end, None if its last value is false."""
+def for_good(condition, least=0):
+    """The step from which a series of booleans is true up to its end, None if that is less than ``least`` steps."""
     if condition.empty or not condition.iloc[-1]:
         return None
     false = np.flatnonzero(~condition.to_numpy())
-    return int(condition.index[false[-1] + 1 if len(false) else 0])
+    step = int(condition.index[false[-1] + 1 if len(false) else 0])
+    return step if condition.index[-1] - step >= least else None
 
 
 def settled(series, run):
     """Centred running median over 2 % of the run's steps: noise and single dips go, and a fall stays where it was."""
-    spacing = np.median(np.diff(run.grid)) if len(run.grid) > 1 else run.total_steps
-    width = int(0.02 * run.total_steps / spacing) // 2 * 2 + 1
+    width = int(0.02 * run.total_steps / (spacing(run.grid) or run.total_steps)) // 2 * 2 + 1
     return series.rolling(width, center=True, min_periods=1).median()
 
 
@@ -160,8 +183,9 @@ def collapse(run):
 
     The return is low when it is below half of its running maximum (of a maximum below 0: lower than it by half of its
     size); the rank of the policy's features after the update when it is below a tenth of its running maximum. Both are
-    taken of running medians, `settled`. The moving average of the figures would not do: it takes 45 logged iterations
-    to follow a sudden fall to a tenth and 14 to a half, and so puts the return first.
+    taken of running medians, `settled`, and have to last for the 2 % of the run over which these are: of its last
+    steps, they see one side alone. The moving average of the figures would not do: it takes 45 logged iterations to
+    follow a sudden fall to a tenth and 14 to a half, and so puts the return first.
 
     Returns a dict of steps: return_halved, rank_tenth and rank_halved, the conditions each on its own; and collapsed,
     when return and rank are both low.
@@ -171,9 +195,6 @@ def collapse(run):
     best, highest = score.cummax(), rank.cummax()
     low_return, low_rank = score < best - best.abs() / 2, rank < highest / 10
     both = low_return & low_rank.reindex(low_return.index, method="ffill", fill_value=False)
-    return {
-        "collapsed": for_good(both),
-        "return_halved": for_good(low_return),
-        "rank_tenth": for_good(low_rank),
-        "rank_halved": for_good(rank < highest / 2),
-    }
+    conditions = {"collapsed": both, "return_halved": low_return, "rank_tenth": low_rank}
+    conditions["rank_halved"] = rank < highest / 2
+    return {name: for_good(condition, 0.02 * run.total_steps) for name, condition in conditions.items()}

@@ -19,6 +19,7 @@ import shlex
 import signal
 import sys
 import time
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from benchmark.attempt import BUSY, GRACE, REFUSED, Unit, next_command, states_of, tail
+from benchmark.attempt import GRACE, REFUSED, ROOT, Unit, flags_of, next_command, states_of, tail
 from common.run import MAY_DIFFER, check_range, fail, parse_args, usable_cores
 
-ROOT = Path(__file__).resolve().parent.parent
 # A script's line on its progress: steps, unit, and the return among what it shows
 PROGRESS = re.compile(r"([\d,]+)/([\d,]+) \w+, \S+ a second, \S+ left(?:.*?, return (\S+))?")
 
@@ -64,7 +64,8 @@ class Args:
     wandb_tags: tuple[str, ...] = ()
     """tags of the runs in W&B, whose groups are environment and experiment (with --track behind `--`)"""
     dry_run: bool = False
-    """print the commands that would run and their number, and run nothing"""
+    """print the commands that would run and their number, and run nothing; where the seeds of a batch have come to
+    different checkpoints, its first command"""
 
 
 def parse_command(command, more):
@@ -77,19 +78,12 @@ def parse_command(command, more):
         fail(f"--commands {command!r}: must begin with python and a script's file name, as 'python ppo_mujoco.py'")
     if Path(words[1]).name != words[1] or not (ROOT / words[1]).is_file():
         fail(f"--commands {command!r}: there is no {words[1]} in {ROOT}")
-    flags, values = {}, None
-    for word in [*words[2:], *more]:
-        if re.match(r"--\w", word):
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("_", "-")
-            values = [value] if equals else []
-            flags.pop(name.removeprefix("no-"), None)
-            flags.pop(f"no-{name}", None)
-            flags[name] = values
-        elif values is None:
-            fail(f"--commands {command!r}: {word!r} belongs to no flag")
-        else:
-            values.append(word)
+    try:
+        flags = flags_of([*words[2:], *more])
+    except ValueError as error:
+        fail(f"--commands {command!r}: {error}")
+    if flags.get("exp-name") == []:
+        fail(f"--commands {command!r}: --exp-name must have a value")
     return words[1], flags
 
 
@@ -153,14 +147,22 @@ def about_runs(args, more):
     """The Units that run each command on each of the runs."""
     if args.env_ids or args.epochs or args.batch_seeds:
         fail("--runs: must not go with --env-ids, --epochs and --batch-seeds, which make a grid")
-    units = {}
+    units, skipped = {}, [str(path) for path in args.runs if not (path / "checkpoints").is_dir()]
+    if skipped:
+        print(f"left out, no run's folder, for want of checkpoints/: {', '.join(skipped)}", file=sys.stderr, flush=True)
     for command, path in itertools.product(args.commands, args.runs):
         script, flags = parse_command(command, more)
-        if (path / "checkpoints").is_dir():
-            probed = os.path.relpath(path.resolve(), args.folder.resolve())
-            words = itertools.chain(*([f"--{name}", *values] for name, values in flags.items()))
-            name = f"{path.resolve().name}__{experiment_name(script, flags)}"
-            units[name] = Unit(("python", script, probed, *words), f"{name}.log", (name,), probed=probed)
+        if str(path) in skipped:
+            continue
+        path = path.resolve()
+        probed = os.path.relpath(path, args.folder.resolve())
+        name = f"{path.name}__{experiment_name(script, flags)}"
+        # Runs of one name may lie in several folders.
+        log = name if path.parent == args.folder.resolve() / "runs" else f"{name}__{zlib.crc32(probed.encode()):08x}"
+        if (path, name) in units:
+            fail(f"--commands {command!r}: does the same on {path} as another, or this run is given twice")
+        words = itertools.chain(*([f"--{flag}", *values] for flag, values in flags.items()))
+        units[path, name] = Unit(("python", script, probed, *words), f"{log}.log", (name,), probed=probed)
     if not units:
         fail(f"--runs {' '.join(map(str, args.runs))}: none is a run's folder, with checkpoints/ in it"[:300])
     return list(units.values())
@@ -268,7 +270,7 @@ def interrupt(*_):
 
 
 def run_all(args, units, board):
-    """Run the Units to their ends; {unit: why it failed}, or None where Ctrl-C or SIGTERM came before."""
+    """Run the Units to their ends; {unit: why it failed}, and whether Ctrl-C or SIGTERM came before."""
     ray = start_ray(args)
     signal.signal(signal.SIGTERM, interrupt)
     root, folder = str(ROOT), str(args.folder.resolve())
@@ -300,14 +302,14 @@ def run_all(args, units, board):
                     result = {"code": REFUSED, "message": f"Ray gave it up: {type(error).__name__}, {reason}"}
                 if result["code"] == 0:
                     board.set(unit, "finished")
-                elif result["code"] in (REFUSED, BUSY) or not left[unit]:
+                elif result["code"] == REFUSED or not left[unit]:
                     failed[unit] = result["message"]
                     board.set(unit, "failed", result["message"])
                 else:
                     left[unit] -= 1
                     board.set(unit, "waiting", f"again after {result['message']}")
                     pending[remote.remote(dataclasses.asdict(unit))] = unit
-        return failed
+        return failed, False
     except KeyboardInterrupt:
         print("stopping: runs save a checkpoint first; Ctrl-C again ends them at once", file=sys.stderr, flush=True)
         try:
@@ -316,7 +318,7 @@ def run_all(args, units, board):
             ray.wait(list(pending), num_returns=len(pending), timeout=GRACE + 10)
         except KeyboardInterrupt:
             pass
-        return None
+        return failed, True
     finally:
         ray.shutdown()
 
@@ -327,7 +329,7 @@ def report(units, folder, failed):
     for unit in units:
         for name, state in zip(unit.names, states_of(unit, folder), strict=True):
             begun = "interrupted" if state.steps is not None else "not begun"
-            status = "finished" if state.finished else "failed" if unit in (failed or {}) else begun
+            status = "finished" if state.finished else "failed" if unit in failed else begun
             steps = "–" if state.steps is None else f"{state.steps:,}"
             score = "–" if state.score is None else f"{state.score:.4g}"
             rows.append((name, status, steps, score, f"logs/{unit.log}"))
@@ -336,7 +338,7 @@ def report(units, folder, failed):
     for name, status, steps, score, log in rows:
         cells = name.ljust(widths[0]), status.ljust(widths[1]), steps.rjust(widths[2]), score.rjust(widths[3]), log
         print("  ".join(cells))
-    for unit, message in (failed or {}).items():
+    for unit, message in failed.items():
         print(f"failed: {unit.names[0]}{f' and {len(unit.names) - 1} more' * unit.batched}: {message}")
     return good
 
@@ -374,12 +376,12 @@ def main():
         (args.folder / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--folder {args.folder}: logs/ can't be created in it ({error.strerror})")
-    failed = {}
+    failed, interrupted = {}, False
     if missing:
         with Board(list(missing), args.folder) as board:
-            failed = run_all(args, list(missing), board)
+            failed, interrupted = run_all(args, list(missing), board)
     good = report(units, args.folder, failed)
-    if failed is None:
+    if interrupted:
         print("interrupted: the same command goes on with what is missing", file=sys.stderr)
         raise SystemExit(130)
     raise SystemExit(0 if good else 1)

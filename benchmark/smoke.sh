@@ -29,4 +29,5 @@ python -m benchmark.run \
 
 python -m benchmark.figures --figure 1 2 3 4 6 7 --runs smoke/runs --output smoke/figures \
     --window 4096 --keep-constant-ranks
+python toy_problem.py --output smoke/figures/figure5.png
 python -m benchmark.table --runs smoke/runs --output smoke/figures

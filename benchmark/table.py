@@ -126,23 +126,34 @@ def summary_of(strata, rng, resamples):
 
 
 def claims(table):
-    """The paper's claim as numbers: of the runs that collapsed, in how many did the rank fall before the return?"""
+    """The paper's claim as numbers: of the runs that collapsed, in how many did the rank fall before the return?
+
+    A line each for baselines and interventions of each suite, ours and the paper's.
+    """
     lines = []
-    collapsed = table[table["collapsed"].notna()]
-    lines.append(f"{len(collapsed)} of {len(table)} runs collapsed.")
-    if len(collapsed):
-        halved = (collapsed["rank_halved"] < collapsed["return_halved"]).sum()
-        for what, count in (
-            ("The rank was below a tenth of its maximum before the return was below half of its own", None),
-            ("At equal thresholds, the rank was below half of its maximum before the return was", halved),
-        ):
-            count = (collapsed["first"] == "rank").sum() if count is None else count
-            low, high = stats.binomtest(int(count), len(collapsed)).proportion_ci(0.95, method="wilson")
-            lines.append(
-                f"{what} in {count} of {len(collapsed)} ({100 * count / len(collapsed):.0f} %, "
-                f"95 % interval {100 * low:.0f} to {100 * high:.0f} %)."
-            )
+    intervened = (table["intervention"] != "none").rename("intervened")
+    for (source, suite, with_intervention), part in table.groupby(["source", "suite", intervened], sort=True):
+        collapsed = part[part["collapsed"].notna()]
+        what = f"{suite}, {'interventions' if with_intervention else 'baselines'}"
+        what += "" if source == "runs" else ", the paper’s logs"
+        words = [f"{what}: {len(collapsed)} of {len(part)} runs collapsed."]
+        if len(collapsed):
+            words += [
+                "The rank was below a tenth of its maximum before the return was below half of its own "
+                f"in {share(collapsed['first'] == 'rank')};",
+                "at equal thresholds, the rank was below half of its maximum before the return was "
+                f"in {share(collapsed['rank_halved'] < collapsed['return_halved'])}.",
+            ]
+        lines.append(" ".join(words))
     return lines
+
+
+def share(condition):
+    """In how many of the runs a condition holds, in words, with Wilson's interval."""
+    count = int(condition.sum())
+    low, high = stats.binomtest(count, len(condition)).proportion_ci(0.95, method="wilson")
+    percent = f"{100 * count / len(condition):.0f} %, 95 % interval {100 * low:.0f} to {100 * high:.0f} %"
+    return f"{count} of {len(condition)} ({percent})"
 
 
 def markdown(table):
@@ -208,7 +219,7 @@ if __name__ == "__main__":
     )
     each = each.drop(columns="order")
     settings = table_of_settings(each, np.random.default_rng(args.seed), args.resamples)
-    text = "\n".join([markdown(settings), "", *claims(each)])
+    text = "\n".join([markdown(settings), "", *(f"- {line}" for line in claims(each))])
     for name, write in (
         ("runs.csv", lambda path: each.to_csv(path, index=False, float_format="%.6g")),
         ("table.csv", lambda path: settings.to_csv(path, index=False, float_format="%.6g")),

@@ -1,6 +1,9 @@
 """Grids of real, tiny runs on real Ray: what would run, what is done again, what a lost machine costs."""
 
 import contextlib
+import dataclasses
+import itertools
+import json
 import os
 import re
 import shutil
@@ -13,8 +16,9 @@ from pathlib import Path
 import pytest
 from test_scripts import load, scalars_of
 
-from benchmark.attempt import State, Unit, lock, next_command, state_of
-from benchmark.run import experiment_name, parse_command
+from benchmark.attempt import State, Unit, defaults_of, flags_of, lock, newest_checkpoints, next_command, states_of
+from benchmark.logs import intervention_of
+from benchmark.run import Args, about_runs, experiment_name, grid, parse_command
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -28,9 +32,9 @@ def command_line(folder, *options, flags=(), total=300):
             *options, "--", *TINY, "--total-timesteps", str(total), *flags]  # fmt: skip
 
 
-def benchmark(folder, *options, code=0, **more):
+def benchmark(folder, *options, code=0, root=ROOT, **more):
     done = subprocess.run(
-        command_line(folder, *options, **more), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        command_line(folder, *options, **more), cwd=root, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done
@@ -80,28 +84,73 @@ def check_whole(run, total, step=100):
 # What would run
 
 
-@pytest.mark.parametrize(
-    "study, runs, processes",
-    [
-        ("atari_baselines", 6 * 3 * 2 * 5, 0),
-        ("atari_interventions", 5 * 3 * 3 * 5, 0),
-        ("mujoco_baselines", 4 * 3 * 2 * 2 * 5, 4 * 3 * 2 * 2),
-        ("mujoco_interventions", 5 * 2 * 3 * 2 * 5, 5 * 2 * 3 * 2),
-    ],
-)
-def test_the_studies_are_the_papers_grids(study, runs, processes, tmp_path):
-    assert runs == {"atari_baselines": 180, "atari_interventions": 225,
-                    "mujoco_baselines": 240, "mujoco_interventions": 300}[study]  # fmt: skip
-    for batched in (False, True)[: 1 + bool(processes)]:
+SEEDS = (25, 7, 64, 27, 4)
+# The paper's: environments, epochs, (activation, what is done to PPO, layers and coefficient of PFO)
+ATARI = ("Phoenix-v5", "NameThisGame-v5", "DoubleDunk-v5", "Qbert-v5", "BattleZone-v5", "Gravitar-v5")
+OTHERS = ("reset Adam", "Adam betas", "shared trunk")
+STUDIES = {
+    "atari_baselines": (ATARI, (4, 6, 8), [("ReLU", "none", None)], ("constant", "linear"), 180),
+    "atari_interventions": (
+        ("Phoenix-v5", "NameThisGame-v5", "Gravitar-v5"),
+        (4, 6, 8),
+        [
+            *(("ReLU", "PFO last", ("last", 1)), ("ReLU", "PFO all", ("all", 10))),
+            *(("ReLU", name, None) for name in OTHERS),
+        ],
+        ("constant",),
+        225,
+    ),
+    "mujoco_baselines": (
+        ("Ant-v4", "HalfCheetah-v4", "Humanoid-v4", "Hopper-v4"),
+        (10, 15, 20),
+        [("Tanh", "none", None), ("ReLU", "none", None)],
+        ("constant", "linear"),
+        240,
+    ),
+    "mujoco_interventions": (
+        ("Humanoid-v4", "Hopper-v4"),
+        (10, 15, 20),
+        [
+            *(("Tanh", "PFO last", ("last", 1)), ("Tanh", "PFO all", ("all", 1))),
+            *(("ReLU", "PFO last", ("last", 10)), ("ReLU", "PFO all", ("all", 10))),
+            *itertools.product(("Tanh", "ReLU"), OTHERS, [None]),
+        ],
+        ("constant",),
+        300,
+    ),
+}
+
+
+def runs_of(command, suite):
+    """What a printed command trains, as in STUDIES, for each of its seeds."""
+    _, script, *words = command.split()
+    flags = flags_of(words)
+    seeds = flags.pop("seeds", None) or flags.pop("seed")
+    args = dict(defaults_of(script))
+    for name, values in flags.items():
+        name = name.replace("-", "_")
+        args[name] = type(args.get(name, ""))(*values) if values else True
+    intervention = intervention_of(args, script.removesuffix(".py"), suite, args["activation"])
+    pfo = (args["pfo_layers"], args["pfo_coef"]) if args.get("pfo_coef") else None
+    schedule = "linear" if args["anneal_lr"] else "cosine" if args["cosine_lr"] else "constant"
+    what = args["activation"], intervention, pfo
+    return [(args["env_id"], args["update_epochs"], what, schedule, int(seed)) for seed in seeds]
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_studies_are_the_papers_grids(study, tmp_path):
+    *axes, count = STUDIES[study]
+    suite, batching = ("Atari", [False]) if study.startswith("atari") else ("MuJoCo", [False, True])
+    for batched in batching:
         options = ["--dry-run", "--folder", str(tmp_path / "none"), *(["--batch-seeds"] if batched else [])]
         command = ["bash", str(ROOT / "benchmark" / f"{study}.sh"), *options]
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=True)
         *commands, last = done.stdout.splitlines()
-        assert last.startswith(f"# {runs} runs: 0 finished, {runs} to run")
-        assert len(commands) == len(set(commands)) == (processes if batched else runs)
-        assert all(command.startswith("python ppo_") for command in commands)
-        names = [re.search(r"--exp-name \S+", command)[0] for command in commands]
-        assert len(set(zip(names, [re.search(r"--env-id \S+", x)[0] for x in commands], strict=True))) * 5 == runs
+        assert last.startswith(f"# {count} runs: 0 finished, {count} to run")
+        found = [run for command in commands for run in runs_of(command, suite)]
+        assert len(found) == count and set(found) == set(itertools.product(*axes, SEEDS))
+        names = {tuple(re.findall(r"--(?:env-id|exp-name) \S+", command)) for command in commands}
+        assert len(names) * len(SEEDS) == count  # no two settings share a folder
         if batched:
             assert all("ppo_mujoco_multiseed.py" in x and x.endswith("--seeds 25 7 64 27 4") for x in commands)
     assert not (tmp_path / "none").exists()
@@ -146,6 +195,9 @@ def test_a_batch_goes_on_together_where_it_can():
         (["--commands", "python ../ppo_mujoco.py"], "there is no ../ppo_mujoco.py"),
         (["--commands", "python ppo_mujoco.py 'x"], "no closing quotation"),
         (["--commands", "python ppo_mujoco.py x"], "'x' belongs to no flag"),
+        (["--commands", "python ppo_mujoco.py -- --track"], "'--' belongs to no flag"),
+        (["--commands", "python ppo_mujoco.py", "--", "--track", "--", "1"], "'--' belongs to no flag"),
+        (["--commands", "python ppo_mujoco.py --exp-name"], "--exp-name must have a value"),
         (["--commands", "python ppo_mujoco.py --seed 1"], "--seed is set for each run here"),
         (["--commands", "python ppo_mujoco.py --resume auto"], "--resume is set for each run here"),
         (["--commands", "python ppo_mujoco.py", "python ppo_mujoco.py --track"], "makes the same runs"),
@@ -175,7 +227,89 @@ def test_wrong_arguments_cost_one_line(options, said, monkeypatch, capsys, tmp_p
     assert stop.value.code == 2 and said in printed.err and printed.err.count("\n") == 1, printed
 
 
+def test_commands_about_runs_are_told_apart(tmp_path, capsys):
+    """By folder and command, not by the folder's name; what is no run is said, what is there twice refused."""
+    for name in ("runs/X", "a/X", "b/X"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    (tmp_path / "a" / "empty").mkdir()
+
+    def units(*names, commands=("python plasticity_probe.py",)):
+        return about_runs(Args(commands, runs=tuple(tmp_path / name for name in names), folder=tmp_path), [])
+
+    found = units("runs/X", "a/X", "b/X", "a/empty")
+    assert [unit.probed for unit in found] == ["runs/X", "a/X", "b/X"] and len({unit.log for unit in found}) == 3
+    assert found[0].log == "X__plasticity_probe.log" and units("b/X") == found[2:]
+    assert f"left out, no run's folder, for want of checkpoints/: {tmp_path / 'a' / 'empty'}" in capsys.readouterr().err
+    assert len(units("a/X", commands=("python plasticity_probe.py", "python plasticity_probe.py --name other"))) == 2
+    for names, commands in (
+        (["a/X", "a/../a/X"], ["python plasticity_probe.py"]),
+        (["a/X"], ["python plasticity_probe.py", "python plasticity_probe.py --device cpu"]),
+    ):
+        with pytest.raises(SystemExit):
+            units(*names, commands=commands)
+        assert "does the same on" in capsys.readouterr().err
+
+
+def test_a_probe_is_done_where_its_table_is(tmp_path):
+    run = tmp_path / "runs" / "X"
+    (run / "checkpoints").mkdir(parents=True)
+    args = Args(("python plasticity_probe.py",), runs=(run,), folder=tmp_path)
+    for flags, name in (([], "plasticity"), (["--name", "other"], "other")):
+        (unit,) = about_runs(args, flags)
+        (tmp_path / "logs").mkdir(exist_ok=True)
+        (tmp_path / "logs" / unit.log).write_text(f"=== done: {' '.join(unit.command)}\n")
+        assert not states_of(unit, tmp_path)[0].finished
+        (run / name).mkdir()
+        (run / name / "plasticity.csv").touch()
+        assert states_of(unit, tmp_path)[0].finished
+
+
 # Real runs
+
+
+def copy_repository(root, **scripts):
+    """Copy what the scheduler needs, and scripts, {name: what is done at the beginning of each iteration}."""
+    for name in ("benchmark", "common"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    for name, inserted in scripts.items():
+        source = (ROOT / ("ppo_mujoco_multiseed.py" if "multiseed" in name else "ppo_mujoco.py")).read_text()
+        line = "        # Rollout\n"
+        assert source.count(line) == 1
+        (root / f"{name}.py").write_text(source.replace(line, f"        {inserted}\n{line}"))
+    return root
+
+
+def check_whose_runs_they_are(folder, runs):
+    """A run under the name of another's belongs to a command only if its arguments are those of the command."""
+    args = Args(("python ppo_mujoco.py",), ("Hopper-v4",), seeds=(1, 2), folder=folder)
+    units = grid(args, [*TINY, "--total-timesteps", "300"])
+    changed = dataclasses.replace
+    mine = [State(f"runs/{run.name}", 300, 3, None, None, True) for run in runs]
+
+    def states(old="", new="", batched=False):
+        command = " ".join(units[0].command)
+        assert old in command
+        of_both = changed(units[0], names=tuple(unit.names[0] for unit in units), seeds=(1, 2), batched=batched)
+        found = states_of(changed(of_both, command=tuple(command.replace(old, new).split())), folder)
+        return [changed(state, score=None) for state in found]
+
+    assert states() == states("--minibatch-size 50", "--minibatch-size=50 --device cpu --no-anneal-lr") == mine
+    assert states("ppo_mujoco.py", "ppo_mujoco_multiseed.py", batched=True) == mine
+    for old, new in (
+        ("--total-timesteps 300", "--total-timesteps 200"),  # it can't be taken back
+        ("--total-timesteps 300", ""),  # the script's default
+        ("--obs-norm-steps 50", ""),
+        ("--num-steps 50", "--num-steps 25"),
+        ("--hidden-sizes 8 8", "--hidden-sizes 8"),
+        ("--total-timesteps 300", "--total-timesteps 300 --anneal-lr"),
+        ("--total-timesteps 300", "--total-timesteps 300 --gamma 0.9"),
+        ("--total-timesteps 300", "--total-timesteps 300 --activation ReLU"),
+        ("ppo_mujoco.py", "ppo_atari.py"),
+    ):
+        assert states(old, new) == [State()] * 2, new
+    longer = states("--total-timesteps 300", "--total-timesteps 400")
+    assert [(x.folder, x.iteration, x.finished) for x in longer] == [(x.folder, 3, False) for x in mine]
+    assert all(x.finished for x in states("--total-timesteps 300", "--total-timesteps 399"))  # no whole rollout more
 
 
 def test_a_failing_run_stops_no_other_and_finished_ones_are_not_repeated(tmp_path):
@@ -194,6 +328,7 @@ def test_a_failing_run_stops_no_other_and_finished_ones_are_not_repeated(tmp_pat
         assert (folder / line.split()[-1]).is_file()
     assert sum("error: --gamma 3.0: must be at least 0 and at most 1" in line for line in table) == 2
 
+    check_whose_runs_they_are(folder, sorted(runs, key=lambda run: run.name.split("__")[2]))
     before = files_of(folder)
     done = benchmark(folder, "--commands", good, "--seeds", "1", "2")
     assert done.stdout.startswith("2 runs: 2 finished, 0 to run\n") and files_of(folder) == before
@@ -214,50 +349,75 @@ def test_a_failing_run_stops_no_other_and_finished_ones_are_not_repeated(tmp_pat
         assert all((run / "plasticity" / "plasticity.csv").is_file() for run in runs)
 
 
+def is_stopped(process):
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def awaits(process, number):
+    """Whether a signal waits for a stopped process to go on."""
+    pending = re.search(r"ShdPnd:\s+(\w+)", Path(f"/proc/{process}/status").read_text())[1]
+    return bool(int(pending, 16) & 1 << (number - 1))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="a killed scheduler takes its runs along on Linux alone")
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)], ids=["INT", "TERM", "KILL"]
+)
 def test_an_interrupted_study_goes_on(number, code, tmp_path):
-    """Ctrl-C: the runs save and end. Kill: they end at once. Either way the same command completes them."""
-    folder, total = tmp_path / "study", 12_000
-    options = ["--commands", "python ppo_mujoco.py", "--seeds", "1", "2", "--batch-seeds", "--num-cpus", "1"]
-    if number == signal.SIGINT:
-        options.remove("--batch-seeds")
-    driver = subprocess.Popen(command_line(folder, *options, total=total), cwd=ROOT, env=ENVIRONMENT, text=True,
+    """Ctrl-C: the runs save and end. Kill: they end at once. Either way the same command completes them.
+
+    The first script stops in its middle, where the signal meets it.
+    """
+    kill = f"os.kill(os.getpid(), {int(signal.SIGSTOP)})"
+    stop = f"if iteration == 5 and not os.path.exists('met'): open('met', 'w').close(), {kill}"
+    root = copy_repository(tmp_path / "root", ppo_mujoco=stop, ppo_mujoco_multiseed=stop)
+    folder, total, good, bad = tmp_path / "study", 800, "python ppo_mujoco.py", "python ppo_mujoco.py --gamma 3"
+    commands = [bad, good] if number == signal.SIGTERM else [good]
+    options = ["--commands", *commands, "--seeds", "1", "2", "--num-cpus", "1"]
+    options += ["--batch-seeds"] if number == signal.SIGKILL else []
+    driver = subprocess.Popen(command_line(folder, *options, total=total), cwd=root, env=ENVIRONMENT, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
-    wait_for(lambda: list(folder.glob("runs/*/checkpoints/previous.pt")))
-    assert alive(folder)
-    driver.send_signal(number)
-    said, _ = driver.communicate(timeout=120)
+    try:
+        wait_for(lambda: any(map(is_stopped, alive(folder))))
+        (script,) = alive(folder)
+        driver.send_signal(number)
+        if number != signal.SIGKILL:
+            wait_for(lambda: awaits(script, signal.SIGTERM))
+            os.kill(script, signal.SIGCONT)
+        said, _ = driver.communicate(timeout=120)
+    finally:
+        driver.kill()
     assert driver.returncode == code, said
     wait_for(lambda: not alive(folder), 30)
-    if number == signal.SIGINT:
-        assert "the same command goes on with what is missing" in said and re.search(r"  interrupted +\d", said)
-        assert "  not begun " in said
-        (log,) = folder.glob("logs/*.log")
-        assert "SIGTERM: finishing this iteration" in log.read_text()
     begun = {path: load(path / "checkpoints" / "latest.pt")["global_step"] for path in folder.glob("runs/*")}
-    assert all(0 < step < total for step in begun.values())
-    benchmark(folder, *options, total=total)
+    assert [*begun.values()] == ([400, 400] if number == signal.SIGKILL else [500])
+    if number != signal.SIGKILL:
+        assert "the same command goes on with what is missing" in said and re.search(r"  interrupted +500 ", said)
+        assert "  not begun " in said
+        assert sum("SIGTERM: finishing this iteration" in log.read_text() for log in folder.glob("logs/*.log")) == 1
+    if number == signal.SIGTERM:  # the rest is as after Ctrl-C; what had failed before is still told
+        assert re.search(r"failed: Hopper\S+: exit code 2, error: --gamma 3.0: must be", said)
+        return
+    benchmark(folder, *options, total=total, root=root)
     assert len(list(folder.glob("runs/*"))) == 2 and begun.keys() <= set(folder.glob("runs/*"))
     for run in folder.glob("runs/*"):
         check_whole(run, total)
 
 
 def test_a_failed_run_goes_on_from_its_checkpoint(tmp_path):
-    """A script that dies once at its second checkpoint is taken up there; one that always dies is given up."""
-    root = tmp_path / "root"
-    for name in ("benchmark", "common"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
-    source = (ROOT / "ppo_mujoco.py").read_text()
-    line = "        # Rollout\n"
-    assert source.count(line) == 1
-    for name, condition in (("once", "not checkpoint and iteration == 3"), ("always", "iteration == 3")):
-        broken = source.replace(line, f"        if {condition}:\n            os.kill(os.getpid(), 9)\n{line}")
-        (root / f"{name}.py").write_text(broken)
-    options = ["--commands", "python once.py", "python always.py", "--seeds", "1", "--retries", "1", "--num-cpus", "2"]
+    """A script that dies once at its second checkpoint is taken up there; one that always dies is given up.
+
+    A third one does nothing but tell what it was given.
+    """
+    kill = "iteration == 3: os.kill(os.getpid(), 9)"
+    root = copy_repository(tmp_path / "root", once=f"if not done and {kill}", always=f"if {kill}")
+    (root / "told.py").write_text("import json, os; json.dump(dict(os.environ), open('told.json', 'w'))\n")
+    commands = ["python once.py", "python always.py", "python told.py"]
+    options = ["--commands", *commands, "--seeds", "1", "--retries", "1", "--num-cpus", "2", "--wandb-tags", "a", "b"]
     folder = tmp_path / "study"
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "5", "CUDA_VISIBLE_DEVICES": "0"}
     done = subprocess.run(command_line(folder, *options, total=500, flags=["--checkpoint-interval", "0.2"]), cwd=root,
-                          env=ENVIRONMENT, capture_output=True, text=True, timeout=300)  # fmt: skip
+                          env=environment, capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     (once,), (always,) = (list(folder.glob(f"runs/*__{name}+*")) for name in ("once", "always"))
     check_whole(once, 500)
@@ -267,6 +427,11 @@ def test_a_failed_run_goes_on_from_its_checkpoint(tmp_path):
         first, second = attempts(log)
         assert "--resume" not in first and f"--resume runs/{once.name if name == 'once' else always.name}" in second
     assert "failed: " in done.stdout and "exit code 137" in done.stdout
+
+    told = json.loads((folder / "told.json").read_text())
+    assert told["OMP_NUM_THREADS"] == "1" and told["CUDA_VISIBLE_DEVICES"] == ""
+    assert re.fullmatch(r"Hopper-v4__told\+\S+", told["WANDB_RUN_GROUP"]) and told["WANDB_TAGS"] == "a,b"
+    assert "it ended with exit code 0, but without a last checkpoint" in done.stdout
 
 
 def test_a_lock_outlives_the_attempt(tmp_path):
@@ -304,7 +469,8 @@ def test_runs_of_a_lost_machine_move_to_another(tmp_path):
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
 
         def is_finished(run):
-            return state_of(run.name.rpartition("__")[0], folder).finished
+            newest = next(newest_checkpoints(run / "checkpoints"), {"global_step": 0})
+            return newest["global_step"] == total
 
         def middle():
             """A run that is in its middle while another is finished: its script's process and the raylet above it.
