@@ -26,6 +26,7 @@ from benchmark.logs import (
     RETURN,
     SETTING,
     make_folder,
+    order_of,
     print_left_out,
     read_runs,
     settings_table,
@@ -320,12 +321,6 @@ def curves_by_epochs(drawn, runs, output, number, panels, columns):
             figure, numbers = draw_curves(curves, panels, columns)
             figure.suptitle(title_of(chosen, f"{schedule} learning rate"))
             drawn.save(figure, numbers, output / file_name(f"figure{number}_{key}_{schedule}"), chosen)
-
-
-def order_of(intervention):
-    """Where an intervention stands: in the order of the paper, then by name."""
-    known = INTERVENTIONS.index(intervention) if intervention in INTERVENTIONS else len(INTERVENTIONS)
-    return known, intervention
 
 
 def figure_1(drawn, runs, output, args):

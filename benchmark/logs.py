@@ -9,6 +9,7 @@ logs of the paper's authors, whose keys `PAPER_KEYS` translates.
 import ast
 import glob
 import json
+import math
 import struct
 from collections import Counter
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ PAPER_PLASTICITY_KEYS = {
 }
 # What figures and statistics need
 TAGS = (
-    *(RETURN, "losses/first_minibatch/entropy", "losses/last_minibatch/policy_loss"),
+    *(RETURN, "charts/SPS", "losses/first_minibatch/entropy", "losses/last_minibatch/policy_loss"),
     *("trust_region/ratio_below_mean", "trust_region/ratio_above_mean"),
     *(f"representation/after/actor/{name}" for name in (*RANKS, "dead_units", "preactivation_norm")),
     *(f"representation/before/actor/{name}" for name in ("pca_rank", "dead_units", "preactivation_norm")),
@@ -126,8 +127,20 @@ class Run:
         """Mean return of the latest rollout in which an episode ended, at every step of the grid; NaN before one."""
         return self.get(RETURN).reindex(self.grid, method="ffill")
 
+    @property
+    def hours(self):
+        """Hours that the run took: its agent steps over the rate that it logged last, which begins anew on resuming."""
+        rate = self.get("charts/SPS")
+        return self.last_step / self.args.get("frame_skip", 1) / rate.iloc[-1] / 3600 if len(rate) else math.nan
+
     def __str__(self):
         return ", ".join(map(str, (*describe(self), f"seed {self.seed}")))
+
+
+def order_of(intervention):
+    """Where an intervention stands: in the order of the paper, then by name."""
+    known = INTERVENTIONS.index(intervention) if intervention in INTERVENTIONS else len(INTERVENTIONS)
+    return known, intervention
 
 
 def describe(run):

@@ -14,15 +14,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from benchmark.logs import (
-    INTERVENTIONS,
-    SETTING,
-    make_folder,
-    print_left_out,
-    read_runs,
-    settings_table,
-)
-from benchmark.measures import FINAL_MEASURES, collapse, final_values
+from benchmark.logs import SETTING, make_folder, order_of, print_left_out, read_runs, settings_table
+from benchmark.measures import FINAL_MEASURES, collapse, final_values, settled
 from common.run import check_range, fail, parse_args
 
 KEY = ("source", "env_id", "activation", "schedule", "intervention")  # of a row, but for the epochs
@@ -69,7 +62,8 @@ def table_of_runs(runs):
         first = None
         if steps["collapsed"] is not None:
             first = "rank" if rank < score else "return" if score < rank else "together"
-        rows.append({**head, **final_values(run), **steps, "first": first})
+        best = {"max_return": settled(run.carried_return().dropna(), run).max()}
+        rows.append({**head, **final_values(run), **best, **steps, "first": first, "hours": run.hours})
     table = pd.DataFrame(rows)
     for name in ("collapsed", "return_halved", "rank_tenth", "rank_halved"):
         table[name] = table[name].astype("Int64")
@@ -211,13 +205,11 @@ if __name__ == "__main__":
     make_folder(args.output)
     print("\n".join([f"{len(finished)} runs used:", *settings_table(finished)]))
     each = table_of_runs(finished)
-    order = each["intervention"].map(
-        lambda name: INTERVENTIONS.index(name) if name in INTERVENTIONS else len(INTERVENTIONS)
+    each = each.sort_values(
+        ["source", "env_id", "activation", "schedule", "intervention", "epochs", "seed"],
+        key=lambda column: column.map(order_of) if column.name == "intervention" else column,
+        ignore_index=True,
     )
-    each = each.assign(order=order).sort_values(
-        ["source", "env_id", "activation", "schedule", "order", "intervention", "epochs", "seed"], ignore_index=True
-    )
-    each = each.drop(columns="order")
     settings = table_of_settings(each, np.random.default_rng(args.seed), args.resamples)
     text = "\n".join([markdown(settings), "", *(f"- {line}" for line in claims(each))])
     for name, write in (

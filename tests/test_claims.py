@@ -1,0 +1,72 @@
+"""The comparisons behind the paper's claims, on runs whose differences are known."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from test_figures import ROOT, curves_of, make_run, write_run
+
+from benchmark.claims import MEASURES, WITHIN, claims, effect, values_of
+from benchmark.logs import PLASTICITY
+
+
+def test_effects():
+    rng = np.random.default_rng(0)
+    # Each run is three times what it was: paired, nothing is left to chance.
+    one, other = np.array([3.0, 30.0, 300.0]), np.array([1.0, 10.0, 100.0])
+    assert effect(one, other, "ratio", True, rng, 100) == pytest.approx((3, 3, 3))
+    middle, low, high = effect(one, other, "ratio", False, rng, 1000)
+    assert middle == pytest.approx(3) and low < 1 < 9 < high
+    assert effect([5, 7], [1, 3], "difference", True, rng, 100) == pytest.approx((4, 4, 4))
+    middle, low, high = effect([5, 7], [1, 3], "difference", False, rng, 1000)
+    assert (middle, low, high) == pytest.approx((4, 2, 6))
+    middle, low, high = effect([5], [1, 3], "difference", False, rng, 100)
+    assert middle == 3 and np.isnan([low, high]).all()
+
+
+def test_a_run_at_its_two_ends():
+    curves = curves_of(1, collapsed=True)
+    norm = "representation/after/actor/preactivation_norm"
+    curves[norm] = {step: 2.0 if step <= 500 else 50.0 for step in curves[norm]}
+    curves[PLASTICITY["actor"]] = {0: 0.25, 5000: 7.0, 9500: 1.0, 9750: 2.0, 10_000: 3.0}
+    end, start = values_of(make_run(curves))
+    assert start["preactivation_norm"] == 2 and end["preactivation_norm"] == 50
+    assert start["plasticity_loss"] == 0.25 and end["plasticity_loss"] == 2
+    assert end["collapsed"] == end["halved"] == 1 and 0 < end["kept"] < 0.02 and end["rank_kept"] < 0.1
+    assert 0 < end["step_of_max"] <= 0.005 and 1000 <= end["max_return"] <= 1005
+    assert end.keys() >= MEASURES.keys() and start.keys() == set(WITHIN)
+
+
+def test_comparisons_between_settings():
+    runs = [
+        make_run(curves_of(seed, collapsed), epochs=epochs, intervention=intervention, seed=seed)
+        for epochs, intervention, collapsed in ((10, "none", False), (20, "none", True), (20, "PFO last", False))
+        for seed in range(4)
+    ]
+    table = claims(runs, np.random.default_rng(0), 500)
+    table = table.set_index(["comparison", "measure"])
+    worse = table.loc["no intervention: 20 epochs against 10"]
+    assert worse.loc["return", "high"] < -900 and worse.loc["return", "probability"] == 0
+    assert worse.loc["share of runs that collapsed", "effect"] == 1
+    assert worse.loc["excess ratio", "effect_is"] == "ratio" and worse.loc["PCA rank", "effect_is"] == "difference"
+    better = table.loc["PFO last against none, 20 epochs"]
+    assert better.loc["return", "low"] > 900 and better.loc["return", "probability"] == 1
+    assert (better["runs"] == 4).all() and len(better) == len(MEASURES)
+    within = table.loc["no intervention, 20 epochs: end against start"]
+    assert within.loc["PCA rank", "high"] < 0 and set(within.index) <= {MEASURES[name][0] for name in WITHIN}
+    assert "PFO last against none, 10 epochs" not in table.index
+
+
+def test_the_command(tmp_path):
+    for seed in (1, 2):
+        write_run(tmp_path / "runs", seed=seed)
+    write_run(tmp_path / "runs", curves_of(3, steps=range(100, 5000, 100)), seed=3)
+    command = [sys.executable, "-m", "benchmark.claims", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path)]
+    done = subprocess.run([*command, "--resamples", "100"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "left out, in progress" in done.stdout and "2 runs used" in done.stdout
+    assert (tmp_path / "claims.md").read_text() in done.stdout
+    assert (tmp_path / "claims.csv").read_text().count("\n") == 1 + len(WITHIN)
+    done = subprocess.run([*command, "--resamples", "1"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("error: --resamples 1") and done.stderr.count("\n") == 1
