@@ -590,9 +590,9 @@ if __name__ == "__main__":
         }
 
     def stop(broken):
-        run.save_checkpoint(previous_step, good)
+        holds = "holds" if run.save_checkpoint(previous_step, good) else "lacks"
         run.close(exit_code=1)
-        fail(f"the {broken} is not finite in iteration {iteration}; {run.folder} holds the state before it", code=1)
+        fail(f"the {broken} is not finite in iteration {iteration}; {run.folder} {holds} the state before it", code=1)
 
     interrupted = StopRequest()
     start_time = time.time()
@@ -752,5 +752,4 @@ if __name__ == "__main__":
         obs[0] = obs[-1]
 
     envs.close()
-    run.close(interrupted.exit_code)
-    sys.exit(interrupted.exit_code)
+    sys.exit(run.close(interrupted.exit_code))

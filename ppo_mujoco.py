@@ -46,6 +46,7 @@ from common.run import (
     Run,
     StopRequest,
     check_range,
+    check_shapes,
     fail,
     find_checkpoint,
     keep_freed_memory,
@@ -829,6 +830,8 @@ if __name__ == "__main__":
         normalizer = random_statistics(args, norm_seeds, rng)
 
     # Networks
+    if checkpoint:
+        check_shapes(checkpoint, Agent, obs_dim, action_low, action_high, args)
     agent = Agent(obs_dim, action_low, action_high, args).to(device)
     optimizers = make_optimizers(agent, args)
     kl_coef = torch.tensor(args.kl_coef, device=device)
@@ -872,9 +875,9 @@ if __name__ == "__main__":
         }
 
     def stop(broken):
-        run.save_checkpoint(previous_step, good)
+        holds = "holds" if run.save_checkpoint(previous_step, good) else "lacks"
         run.close(exit_code=1)
-        fail(f"the {broken} is not finite in iteration {iteration}; {run.folder} holds the state before it", code=1)
+        fail(f"the {broken} is not finite in iteration {iteration}; {run.folder} {holds} the state before it", code=1)
 
     interrupted = StopRequest()
     start_time = time.time()
@@ -1048,5 +1051,4 @@ if __name__ == "__main__":
         obs[0] = obs[-1]
 
     envs.close()
-    run.close(interrupted.exit_code)
-    sys.exit(interrupted.exit_code)
+    sys.exit(run.close(interrupted.exit_code))

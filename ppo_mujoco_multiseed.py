@@ -39,6 +39,7 @@ from common.run import (
     Run,
     StopRequest,
     check_range,
+    check_shapes,
     fail,
     find_checkpoints,
     keep_freed_memory,
@@ -937,6 +938,7 @@ if __name__ == "__main__":
         action_low, action_high = spaces.action_space.low, spaces.action_space.high
         obs_dim, action_dim = spaces.observation_space.shape[0], len(action_low)
         if checkpoint:
+            check_shapes(checkpoint, Agent, obs_dim, action_low, action_high, args)
             normalizers.append(Normalizer(np.zeros(obs_dim), np.zeros(obs_dim), 0))  # to be restored
         else:
             norm_seeds = rng.integers(2**31, size=N).tolist()
@@ -1006,11 +1008,11 @@ if __name__ == "__main__":
 
     def stop(s, broken):
         """End the run of one seed; its environments go on with its last good policy, and nobody learns from them."""
-        runs[s].save_checkpoint(previous_step, good[s])
+        holds = "holds" if runs[s].save_checkpoint(previous_step, good[s]) else "lacks"
         agents.agents[s].load_state_dict(good[s]["agent"])
         training.remove(s)
         runs[s].close(exit_code=1, keep_bar=bool(training))
-        line = f"the {broken} is not finite in iteration {iteration}; {runs[s].folder} holds the state before it"
+        line = f"the {broken} is not finite in iteration {iteration}; {runs[s].folder} {holds} the state before it"
         say(f"error: {line}", file=sys.stderr)
         if not training:
             raise SystemExit(1)
@@ -1227,6 +1229,5 @@ if __name__ == "__main__":
         obs[0] = obs[-1]
 
     envs.close()
-    for s in training:
-        runs[s].close(interrupted.exit_code)
-    sys.exit(interrupted.exit_code or int(len(training) < S))
+    exit_codes = {runs[s].close(interrupted.exit_code) for s in training}
+    sys.exit(min(exit_codes - {0}, default=int(len(training) < S)))

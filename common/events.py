@@ -27,8 +27,10 @@ class EventFile:
     count = itertools.count()
 
     def __init__(self, folder, after=None):
-        # TensorBoard reads the files of a folder in the order of their names.
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(self.count)}"
+        # TensorBoard reads the files of a folder in the order of their names, and a clock may have been set back.
+        times = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
+        now = max([int(time.time()), *(int(x) + 1 for x in times if x.isdecimal())])
+        name = f"events.out.tfevents.{now:010d}.{socket.gethostname()}.{os.getpid()}.{next(self.count)}"
         self.path = folder / name
         self.file = open(self.path, "x+b", buffering=0)  # noqa: SIM115
         self.waiting = b""
@@ -65,6 +67,8 @@ class EventFile:
             self.waiting = self.waiting[self.file.write(self.waiting) :]
 
     def sync(self):
+        """Write what waits, and have it outlive a crash of the machine; raises OSError where it has to wait."""
+        self._flush()
         os.fsync(self.file.fileno())
 
     def close(self):
@@ -75,26 +79,40 @@ class EventFile:
             self.file.close()
 
 
+def _sound(content, start, length):
+    """Whether the checksum after the ``length`` bytes from ``start`` on is theirs."""
+    end = start + length
+    return struct.pack("<I", masked_crc32c(content[start:end])) == content[end : end + 4]
+
+
 def drop_events(folder, step):
-    """Drop what the event files in ``folder`` hold beyond ``step``, and records that were cut off; damage is said."""
+    """Drop what the event files in ``folder`` hold beyond ``step``, and records that were cut off; damage is said.
+
+    A damaged record goes alone where its length is sound, else with all that follows in its file.
+    """
     for path in sorted(folder.glob("events.out.tfevents.*")):
-        content, kept, start = path.read_bytes(), [], 0
+        content, kept, start, damaged = path.read_bytes(), [], 0, []
         while start + 12 <= len(content):
             (length,) = struct.unpack_from("<Q", content, start)
-            end = start + 12 + length + 4
-            try:
-                sound = struct.pack("<I", masked_crc32c(content[start : start + 8])) == content[start + 8 : start + 12]
-                event = Event.FromString(content[start + 12 : end - 4]) if sound and end <= len(content) else None
-            except Exception:  # protobuf has had several names for what it raises
-                sound, event = False, None
-            if not sound:
-                shutil.copy(path, path.with_name(path.name.replace("tfevents", "damaged")))
-                print(f"{path} is damaged: what comes after byte {start} is dropped and kept in a copy", flush=True)
-            if event is None:
+            if not _sound(content, start, 8):
+                damaged.append(f"what comes after byte {start}")
                 break
-            if event.step <= step:
+            end = start + 12 + length + 4
+            if end > len(content):
+                break
+            try:
+                event = Event.FromString(content[start + 12 : end - 4]) if _sound(content, start + 12, length) else None
+            except Exception:  # protobuf has had several names for what it raises
+                event = None
+            if event is None:
+                damaged.append(f"the record at byte {start}")
+            elif event.step <= step:
                 kept.append(content[start:end])
             start = end
+        if damaged:
+            shutil.copy(path, path.with_name(path.name.replace("tfevents", "damaged")))
+            more = f" (and {len(damaged) - 1} more)" if damaged[1:] else ""
+            print(f"{path} is damaged: {damaged[0]}{more} is dropped, and kept in a copy", flush=True)
         if len(kept) > 1:
             write_file(path, b"".join(kept))
         else:  # the first record is the format's version

@@ -28,7 +28,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from common.checkpoint import BadCheckpoint, check_like, load_checkpoint, write_file
+from common.checkpoint import BadCheckpoint, Gone, check_like, load_checkpoint, write_file
 from common.events import EventFile, drop_events
 
 try:
@@ -44,9 +44,14 @@ MAY_DIFFER = {
 }
 
 
+def one_line(text):
+    """``text`` without line breaks, and without the characters with which a file could control a terminal."""
+    return "".join(filter(str.isprintable, " ".join(text.split())))
+
+
 def fail(message, code=2):
     """Print one line and leave: exit code 2 for what the user can mend, 1 for a run that can't go on."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
@@ -211,40 +216,59 @@ def _fits(value, kind):
 
 
 def _checkpoints(folder, types):
-    """Yield the checkpoints in a run's folder, newest first; those that can't be read are named and passed over.
+    """Yield the checkpoints in a run's folder, newest step first; those that can't be read are named and passed over.
 
     Raises BadCheckpoint if there is none.
     """
-    numbered = {int(path.stem): path for path in folder.glob("checkpoints/*.pt") if path.stem.isdecimal()}
-    rolling = [folder / "checkpoints" / name for name in ("latest.pt", "previous.pt")]
-    paths = [*filter(Path.exists, rolling), *(numbered[step] for step in sorted(numbered, reverse=True))]
-    if not paths:
-        raise BadCheckpoint("must be auto, or a run's folder with checkpoints in it")
     damaged, found = [], False
-    for path in paths:
+
+    def read(path):
         try:
             checkpoint = load_checkpoint(path, **types)
+            if path.stem.isdecimal() and checkpoint["global_step"] != int(path.stem):
+                raise BadCheckpoint(f"it was made at step {checkpoint['global_step']}")
+            return checkpoint
+        except Gone:  # never there, or renamed by the process that is at this run
+            return None
         except BadCheckpoint as error:
             damaged.append(f"{path.name} can't be read, {error}")
+
+    # By step: a process that was killed between writing a snapshot and latest.pt leaves a newer snapshot.
+    rolling = [read(folder / "checkpoints" / name) for name in ("latest.pt", "previous.pt")]
+    candidates = [(x["global_step"], 1, x["path"], x) for x in rolling if x]
+    candidates += [(int(x.stem), 0, x, None) for x in folder.glob("checkpoints/*.pt") if x.stem.isdecimal()]
+    for _, _, path, checkpoint in sorted(candidates, key=lambda x: x[:2], reverse=True):
+        checkpoint = checkpoint or read(path)
+        if checkpoint is None:
             continue
         if damaged:
-            others = f" (and {len(damaged) - 1} older ones)" if damaged[1:] else ""
+            others = f" (and {len(damaged) - 1} more)" if damaged[1:] else ""
             _say_once(f"{folder}: {damaged[0]}{others}; {path.name} is used instead")
             damaged.clear()
         found = True
         yield checkpoint
     if not found:
+        if not damaged:
+            raise BadCheckpoint("must be auto, or a run's folder with checkpoints in it")
         raise BadCheckpoint(f"none of its {len(damaged)} checkpoints can be read; {damaged[0]}")
+
+
+def _whole(path, step):
+    """Whether the checkpoint at ``path`` can be read and is of ``step`` or before."""
+    try:
+        return load_checkpoint(path)["global_step"] <= step
+    except BadCheckpoint:
+        return False
 
 
 @functools.cache
 def _say_once(line):
-    print(line, file=sys.stderr, flush=True)
+    print(one_line(line), file=sys.stderr, flush=True)
 
 
-def _newest_checkpoint(folder, types=types.MappingProxyType({})):
+def _newest_checkpoint(folder):
     try:
-        return next(_checkpoints(folder, types))
+        return next(_checkpoints(folder, {}))
     except BadCheckpoint as error:
         fail(f"--resume {folder}: {error}")
 
@@ -254,9 +278,12 @@ _locks = {}  # by run folder, held until this process ends, however it ends
 
 def _lock(folder):
     """Keep other processes from the run in ``folder``; False if one of them is at it."""
-    if fcntl is None or folder.resolve() in _locks or not folder.is_dir():
+    if fcntl is None or folder.resolve() in _locks:
         return True
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:  # no folder, or one without access: whoever reads in it says so
+        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -267,6 +294,11 @@ def _lock(folder):
         return True
     _locks[folder.resolve()] = descriptor
     return True
+
+
+def _unlock(folder):
+    if folder.resolve() in _locks:
+        os.close(_locks.pop(folder.resolve()))
 
 
 def find_checkpoint(args, script, **types):
@@ -283,8 +315,11 @@ def find_checkpoint(args, script, **types):
 def find_checkpoints(runs, script, **types):
     """As ``find_checkpoint`` for runs that are trained together: a list, all of the same iteration, or all None.
 
-    runs: the arguments of each.
+    runs: the arguments of each. Runs that a kill, or a disk that was full for some of them, left at different
+    iterations go back to the newest that all of them have.
     """
+    # Until StopRequest takes over, there is nothing to save.
+    signal.signal(signal.SIGINT, lambda *_: fail("interrupted before training began", code=130))
     if not all(args.resume for args in runs):
         return [None] * len(runs)
     auto = all(args.resume == "auto" for args in runs)
@@ -293,24 +328,41 @@ def find_checkpoints(runs, script, **types):
     if None in folders:
         print(nothing, flush=True)
         return [None] * len(runs)
-    checkpoints = []
-    for args, folder in zip(runs, folders, strict=True):
+    candidates, checkpoints = [_checkpoints(folder, types) for folder in folders], []
+    for args, folder, older in zip(runs, folders, candidates, strict=True):
         if not _lock(folder):
             fail(f"--resume {folder}: a process that is still alive is at this run")
-        checkpoints.append(_newest_checkpoint(folder, types))
+        try:
+            checkpoints.append({**next(older), "passed_over": []})
+        except BadCheckpoint as error:
+            fail(f"--resume {folder}: {error}")
         if checkpoints[-1]["script"] != script:
             fail(f"--resume {folder}: was made by {checkpoints[-1]['script']}, not by {script}"[:300])
         if name := _contradiction(args, checkpoints[-1]):
             flag, now, was = f"--{name.replace('_', '-')}", getattr(args, name), checkpoints[-1]["args"].get(name)
             why = "may grow, not shrink; " if name == "total_timesteps" else "contradicts the run that is resumed: "
             fail(f"{flag} {now}: {why}{folder} was started with {was}"[:300])
-    # A kill can come between the checkpoints of two runs; then those that are ahead go one back.
-    least = min(checkpoint["iteration"] for checkpoint in checkpoints)
-    for i, folder in enumerate(folders):
-        if checkpoints[i]["iteration"] > least:
-            checkpoints[i] = next(itertools.islice(_checkpoints(folder, types), 1, 2), checkpoints[i])
-        if checkpoints[i]["iteration"] != least:
-            fail(f"--resume {folder}: stands too far ahead of the others to go on with them; resume it alone")
+    newest = [checkpoint["iteration"] for checkpoint in checkpoints]
+    while len({checkpoint["iteration"] for checkpoint in checkpoints}) > 1:
+        i = max(range(len(runs)), key=lambda i: checkpoints[i]["iteration"])
+        passed_over = [*checkpoints[i]["passed_over"], checkpoints[i]["path"]]
+        checkpoints[i] = {**next(candidates[i], {"iteration": -1}), "passed_over": passed_over}
+    least = checkpoints[0]["iteration"]
+    # What is far ahead is not thrown away: it was trained alone, or another seed of the batch ended early.
+    if least < 0 or max(newest) - least > 2 * max(0.025 * runs[0].num_iterations, 1):
+        ahead = folders[newest.index(max(newest))]
+        behind = folders[newest.index(min(newest))]
+        fail(
+            f"--resume {ahead}: stands too far ahead of {behind} to go on with it, at iteration {max(newest)}, not "
+            f"{min(newest)}; resume them apart (--resume and --seeds take any of the seeds)"
+        )
+    for folder, iteration in zip(folders, newest, strict=True):
+        if iteration > least:
+            print(f"{folder}: goes back from iteration {iteration} to {least}, the last of all seeds", flush=True)
+    for args, checkpoint in zip(runs, checkpoints, strict=True):
+        step, iteration = checkpoint["global_step"], checkpoint["iteration"]
+        if step != iteration * args.batch_size * getattr(args, "frame_skip", 1):
+            fail(f"{checkpoint['path']}: can't be resumed, step {step} is not the end of iteration {iteration}")
     if least >= runs[0].num_iterations:
         if auto:
             print(nothing, flush=True)
@@ -353,9 +405,17 @@ def _newest_run(args, script, types, unfinished):
                 return folder
         except BadCheckpoint as error:
             _say_once(f"--resume auto passes over {folder}: {error}")
-        if folder.resolve() in _locks:
-            os.close(_locks.pop(folder.resolve()))
+        _unlock(folder)
     return None
+
+
+def check_shapes(checkpoint, agent_class, *args):
+    """Refuse a checkpoint whose weights don't fit ``agent_class(*args)``, before memory is taken for the latter."""
+    try:
+        with torch.device("meta"):
+            check_like("agent", checkpoint["agent"], agent_class(*args).state_dict())
+    except BadCheckpoint as error:
+        fail(f"{checkpoint['path']}: can't be resumed, {error}")
 
 
 def restore(checkpoint, agent, optimizers, device, **others):
@@ -435,6 +495,7 @@ class Run:
         self.origin = {"args": self.args, "versions": library_versions(), "git_revision": git_revision()}
         self.said = set()
         self.bar = self.wandb = None
+        self.saved = True  # whether the last checkpoint could be written
         self.total_steps, self.unit = total_steps, unit
         start = checkpoint["global_step"] if checkpoint else 0
         if checkpoint:
@@ -450,7 +511,8 @@ class Run:
             self.events.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step)
         except OSError as error:
             fail(f"{self.folder}: can't be written to ({error.strerror}); runs/ must be writable")
-        self.origin["wandb_id"] = (checkpoint or {}).get("wandb_id")
+        wandb_id = str((checkpoint or {}).get("wandb_id"))
+        self.origin["wandb_id"] = wandb_id if re.fullmatch(r"[0-9a-f]{8}", wandb_id) else None
         self.wandb_start = -1
         if args.track:
             self._start_wandb(args)
@@ -464,6 +526,10 @@ class Run:
             was, now = checkpoint["args"].get("total_timesteps"), self.args.get("total_timesteps")
             if was != now:
                 self.say(f"--total-timesteps grew from {was:,} to {now:,}: from here on, schedules and grids follow it")
+            was, now = ({**x["versions"], "code": x["git_revision"]} for x in (checkpoint, self.origin))
+            others = [f"{x} {now.get(x)} (was {was.get(x)})" for x in now | was if now.get(x) != was.get(x)]
+            if others:
+                self.say(one_line(f"not what it was saved with: {', '.join(others)}"[:1000]))
 
     def _make_folder(self, args):
         while True:
@@ -489,18 +555,13 @@ class Run:
             drop_events(self.folder, step)
             for path in [*self.folder.glob("checkpoints/*"), *self.folder.glob("videos/*")]:
                 number = re.match(r"\d+", path.name)
-                # A rolling checkpoint that was not chosen is later or damaged, but for the one before the chosen one.
-                before = path.name == "previous.pt" and checkpoint["path"].name == "latest.pt"
-                rolling = path.name in ("latest.pt", "previous.pt") and path != checkpoint["path"] and not before
-                if path.suffix == ".tmp":
+                later = bool(number) and int(number[0]) > step
+                if path.suffix == ".tmp" or path in checkpoint["passed_over"] or (later and path.suffix == ".mp4"):
                     path.unlink()
-                elif path.suffix != ".damaged" and (rolling or (number and int(number[0]) > step)):
-                    try:
-                        if path.suffix == ".pt":
-                            load_checkpoint(path)
-                        path.unlink()
-                    except BadCheckpoint:  # kept: what can't be read here and now may still be of use
-                        path.rename(f"{path}.damaged")
+                elif path.suffix != ".pt" or path == checkpoint["path"]:
+                    continue
+                elif later or not (number or _whole(path, step)):
+                    path.rename(f"{path}.damaged")  # kept: what can't be read here and now may still be of use
         except OSError as error:
             fail(f"{self.folder}: can't be written to ({error.strerror}); runs/ must be writable")
 
@@ -552,17 +613,26 @@ class Run:
             reason = str(error).partition("\n")[0] or type(error).__name__
             self.say(f"W&B failed and tracks this run no further ({reason}); the event file has everything")
 
+    @contextlib.contextmanager
+    def _logging(self):
+        """An event file that can't be written to, or that had to be made anew, costs a line."""
+        try:
+            yield
+        except OSError as error:
+            lost = "until then a kill would lose them, also those from before a checkpoint"
+            self.say_once(f"{self.events.path} can't be written to ({error.strerror}): logs wait until it can; {lost}")
+        if self.events.remade:
+            self.events.remade = False
+            _unlock(self.folder)  # that was the deleted folder's
+            _lock(self.folder)
+            self.say(f"{self.folder} was deleted; it is made anew, with all that was logged since this process began")
+
     def log(self, scalars, step):
         """Write ``{tag: number}`` at ``step`` (environment steps) to the event file and to W&B."""
         if not scalars:
             return
-        try:
+        with self._logging():
             self.events.add_scalars(scalars, step)
-        except OSError as error:
-            self.say_once(f"{self.events.path} can't be written to ({error.strerror}): logs wait until it can")
-        if self.events.remade:
-            self.events.remade = False
-            self.say(f"{self.folder} was deleted; it is made anew, with all that was logged since this process began")
         if self.wandb and step > self.wandb_start:
             with self._tracking():
                 self.wandb.log({**scalars, "global_step": step})
@@ -608,32 +678,43 @@ class Run:
         Each is written all or nothing, and the ``latest.pt`` before it stays as ``previous.pt``. ``state`` holds
         tensors, numbers, strings, and dicts and lists of them, so that ``torch.load(path, weights_only=True)`` reads
         the file: opening a checkpoint never runs code. Where it can't be written, the ones before it stay, and a line
-        says so.
+        says so, once until it can again. Returns whether it was written.
         """
         content = io.BytesIO()
         torch.save({**state, **self.origin}, content)
         folder = self.folder / "checkpoints"
         latest = folder / "latest.pt"
-        try:
+        with self._logging():
             self.events.sync()  # no checkpoint is ahead of its logs
+        was_saved, self.saved = self.saved, False
+        try:
             folder.mkdir(parents=True, exist_ok=True)
             if snapshot:
                 write_file(folder / f"{step}.pt", content.getbuffer())
             write_file(latest, content.getbuffer(), before=folder / "previous.pt")
+            self.saved = True
         except OSError as error:
-            self.say(f"{folder}: can't be written to ({error.strerror}), so there is no checkpoint of step {step}")
+            if was_saved:
+                self.say(f"{folder}: can't be written to ({error.strerror}), so there is no checkpoint of step {step}")
+        return self.saved
 
     def close(self, exit_code=0, keep_bar=False):
-        """Finish the event file, the bar and the W&B run, which shows ``exit_code``.
+        """Finish the event file, the bar and the W&B run, which shows the exit code.
 
+        Returns the exit code: ``exit_code``, or 1 if the last checkpoint or the last logs could not be written.
         ``keep_bar`` is for a run that ends before others of its process, whose bar it has.
         """
+        if not self.saved:
+            self.say(f"{self.folder}: the last checkpoint could not be written; the one before it is the newest")
+            exit_code = 1
         try:
             self.events.close()
         except OSError as error:
             self.say(f"{self.events.path} can't be written to ({error.strerror}): the last logs are lost")
+            exit_code = 1
         if self.bar is not None and not keep_bar:
             self.bar.close()
         if self.wandb:
             with self._tracking():
                 self.wandb.finish(exit_code=exit_code)
+        return exit_code

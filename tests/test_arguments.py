@@ -77,6 +77,32 @@ WRONG = {
     "hidden_sizes": ["0", "-1", "64 x", "64 0", "1.5", "100001"],
     "share_features": SWITCH,
 }
+# Of the scripts that train nothing: flags that the table above lacks, or that mean something else there
+OTHERS = {
+    "plasticity_probe": {
+        "runs": ["nowhere", "file", "empty"],
+        "checkpoints": ["-1", "1.5", "newest", ""],
+        "networks": ["", "both", "Actor"],
+        "data": ["", "all", "First"],
+        "targets": ["", "zeros", "Random"],
+        "target_seed": WRONG["seed"],
+        "num_envs": [*SIZE, "1025"],
+        "max_samples": SIZE,
+        "epochs": SIZE,
+        "name": [*NAMES[:5], "checkpoints", ".hidden"],
+    },
+    "toy_problem": {
+        "alpha": ["nan", "inf", "x", "1000001.0"],
+        "lr": POSITIVE,
+        "steps": [*COUNT, "1001"],
+        "features": [*COUNT, "257"],
+        "copied": [*SIZE, "2"],
+        "optimizer": ["", "Adam", "rmsprop"],
+        "sweep": SWITCH,
+        "output": ["x.jpg", "nowhere/x.png", "file/x.png", "noending"],
+    },
+}
+LISTS = ("seeds", "hidden_sizes", "alpha")
 
 
 def flags(name):
@@ -91,34 +117,40 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, *OTHERS])
 def test_every_flag_refuses_what_it_must(name, folder, monkeypatch, capsys):
-    script, tried = importlib.import_module(name), 0
+    script, tried, table = importlib.import_module(name), 0, WRONG | OTHERS.get(name, {})
     for flag in flags(name):
-        assert len(WRONG[flag]) >= 3, flag
-        for value in WRONG[flag]:
+        assert len(table[flag]) >= 3, flag
+        for value in table[flag]:
             option = f"--{flag.replace('_', '-')}"
-            values = value.split(" ") if flag in ("seeds", "hidden_sizes") else [value]
-            monkeypatch.setattr(sys, "argv", [f"{name}.py", option, *values])
+            values = [option, *(value.split(" ") if flag in LISTS else [value])]
+            if name == "plasticity_probe":
+                values, option = ([value], value) if flag == "runs" else (["run", *values], option)
+            monkeypatch.setattr(sys, "argv", [f"{name}.py", *values])
             with pytest.raises(SystemExit) as stop:
                 args = script.parse_args(script.Args)
                 script.check_args(args)
-                script.pick_device(args.device)
+                if hasattr(args, "device"):
+                    script.pick_device(args.device)
+                if flag == "runs":
+                    raise SystemExit(script.probe_runs(args, script.pick_device("cpu")))
                 pytest.fail(f"{name}.py {option} {value!r} was taken")
             printed = capsys.readouterr()
             assert stop.value.code == 2, (option, value, printed)
             assert printed.out == "" and printed.err.startswith("error: "), (option, value, printed)
             assert printed.err.count("\n") == 1 and len(printed.err) < 2000, (option, value, printed)
-            if value and WRONG[flag] is not SWITCH:
+            if value and table[flag] is not SWITCH:
                 assert option in printed.err, (option, value, printed)
             assert all(part in printed.err for part in value[:50].split()), (option, value, printed)
             tried += 1
-    assert tried > 150
+    assert tried > (30 if name in OTHERS else 150)
     assert sorted(path.name for path in folder.iterdir()) == ["empty", "file"]
 
 
 def test_the_table_has_no_flag_that_is_gone():
     assert set(WRONG) == {flag for name in SCRIPTS for flag in flags(name)}
+    assert all(set(table) <= set(flags(name)) for name, table in OTHERS.items())
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

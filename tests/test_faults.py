@@ -120,6 +120,48 @@ def test_a_read_only_run_is_not_resumed(tmp_path):
 
 
 @POSIX
+def test_a_run_without_access_is_passed_over_or_refused(tmp_path):
+    tmp_path.chmod(0o755)
+    assert run("ppo_mujoco", tmp_path, small("ppo_mujoco", 2))[0] == 0
+    (tmp_path / "runs").chmod(0o777)
+    (folder,) = runs_in(tmp_path)
+    flags, line = resume(tmp_path), f"{folder.relative_to(tmp_path)}: none of its 2 checkpoints can be read; latest.pt"
+    folder.chmod(0)
+    try:
+        code, said = run("ppo_mujoco", tmp_path, flags, NOBODY)
+        assert code == 2 and said == f"error: --resume {line} can't be read, Permission denied\n"
+        code, said = run("ppo_mujoco", tmp_path, [*small("ppo_mujoco", 2), "--resume", "auto"], NOBODY)
+        assert code == 0 and f"--resume auto passes over {line} can't be read, Permission denied\n" in said
+        assert "a new one starts" in said
+    finally:
+        folder.chmod(0o755)
+
+
+@POSIX
+@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed", "ppo_atari"])
+def test_a_run_that_stops_without_a_checkpoint_says_so(name, tmp_path):
+    with started(name, tmp_path, small(name, MANY)) as process:  # which has only the first
+        wait_for(lambda: latest(tmp_path) == 0 and (tmp_path / "log").read_text().count("a second,") > 2, process)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+        assert send(process, signal.SIGTERM) == 1
+    said = (tmp_path / "log").read_text()
+    assert said.count("the last checkpoint could not be written") == len(runs_in(tmp_path)), said
+    assert latest(tmp_path) == 0 and "Traceback" not in said
+
+
+LIMITED = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))\n"
+
+
+@POSIX
+@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed"])
+def test_a_state_that_is_not_saved_is_not_claimed(name, tmp_path):
+    flags = ["--learning-rate", "1e6", "--hidden-sizes", *["64"] * 8, "--activation", "ReLU"]
+    code, said = run(name, tmp_path, [*small(name, 20), *flags], LIMITED)
+    assert code == 1 and "Traceback" not in said
+    assert said.count("lacks the state before it") == len(runs_in(tmp_path)) and "holds" not in said, said
+
+
+@POSIX
 @pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_pfo_atari"])
 def test_a_deleted_folder(name, tmp_path):
     def delete(process):

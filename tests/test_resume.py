@@ -1,15 +1,18 @@
 """Runs that were stopped, killed or robbed of their files go on, and nothing is lost or logged twice."""
 
+import functools
 import importlib
 import itertools
 import os
 import random
 import shutil
 import signal
+import struct
 
 import pytest
 import torch
 from forked import SCRIPTS, STEPS, run, send, small, started, wait_for
+from tensorboard.compat.proto.event_pb2 import Event
 from test_scripts import load, same, scalars_of
 
 from common.checkpoint import BadCheckpoint, load_checkpoint
@@ -28,6 +31,12 @@ def resume(folder):
     return ["--resume", *(str(path.relative_to(folder)) for path in reversed(runs_in(folder)))]  # as in --seeds 7 3
 
 
+@functools.lru_cache(16)
+def iteration_of(path, inode, time):
+    """The iteration of the checkpoint at ``path``, read once for each file that was there."""
+    return load_checkpoint(path)["iteration"]
+
+
 def latest(folder):
     """The iteration that a resumed run would go on from, of the run that is furthest behind; -1 if there is none."""
     found = []
@@ -35,7 +44,8 @@ def latest(folder):
         newest = [-1]
         for name in ("latest.pt", "previous.pt"):
             try:
-                newest.append(load_checkpoint(path / "checkpoints" / name)["iteration"])
+                stat = (path / "checkpoints" / name).stat()
+                newest.append(iteration_of(path / "checkpoints" / name, stat.st_ino, stat.st_mtime_ns))
             except (BadCheckpoint, OSError):  # between two renames
                 continue
         found.append(max(newest))
@@ -189,29 +199,46 @@ def test_a_second_signal_ends_at_once(tmp_path):
         assert send(process, signal.SIGTERM) == -signal.SIGTERM
 
 
-@pytest.mark.parametrize("name, kills", [("ppo_mujoco", 20), (MULTI, 8), ("ppo_pfo_atari", 5)])
-def test_kills_at_random_moments_lose_nothing_that_was_saved(tmp_path, name, kills):
+def logged(path):
+    """The last step whose losses are in a run's event files, of which the last record may be cut off."""
+    last = 0
+    for file in path.glob("events*"):
+        content, start = file.read_bytes(), 0
+        while start + 12 <= len(content):
+            end = start + 12 + struct.unpack_from("<Q", content, start)[0]
+            if end + 4 <= len(content):
+                event = Event.FromString(content[start + 12 : end])
+                if any(value.tag == "losses/policy_loss" for value in event.summary.value):
+                    last = max(last, event.step)
+            start = end + 4
+    return last
+
+
+@pytest.mark.parametrize("name, kills, total", [("ppo_mujoco", 20, 400), (MULTI, 8, 160), ("ppo_pfo_atari", 5, 60)])
+def test_kills_at_random_moments_lose_nothing_that_was_saved(tmp_path, name, kills, total):
     """kill -9 at any moment, from the start of the process on; each time the run goes on, and then to its end."""
-    chance = random.Random(7)
-    flags, reached = small(name, MANY), 0
-    flags += (
-        ["--checkpoint-interval", "1e-5", "--episodic-life"] if "atari" in name else ["--checkpoint-interval", "2e-5"]
-    )
+    chance, reached = random.Random(7), 0
+    flags = [*small(name, total), "--checkpoint-interval", str(2 / total)]  # each other iteration
+    flags += ["--episodic-life"] if "atari" in name else []
     for kill in range(kills):
         with started(name, tmp_path, [*flags, *(resume(tmp_path) if kill else [])]) as process:
-            if kill % 3 != 2 or not kill:  # else in the start
-                wait_for(lambda reached=reached: latest(tmp_path) > reached, process)
-            process.join(chance.uniform(0, 0.4))
+            if kill % 3 == 2:
+                process.join(chance.uniform(0, 0.3))  # in the start
+            else:
+                goal = reached + chance.randint(1, 2)
+                wait_for(lambda goal=goal: latest(tmp_path) >= goal, process)
+                process.join(chance.uniform(0, 0.04))
+            assert process.is_alive()
             process.kill()
             process.join()
         assert latest(tmp_path) >= reached, "work was lost that had been saved"
         reached = latest(tmp_path)
-    assert reached > kills / 2
-    with started(name, tmp_path, [*flags, *resume(tmp_path)]) as process:
-        wait_for(lambda: latest(tmp_path) > reached + 1, process)
-        assert send(process, signal.SIGTERM) == 143
-    end = latest(tmp_path)
-    check_logs(name, tmp_path, end)
+        # The iteration that was cut off comes on top.
+        assert all(logged(path) <= (reached + 2) * STEPS[name] for path in runs_in(tmp_path))
+    assert kills / 2 < reached < total
+    code, said = run(name, tmp_path, [*flags, *resume(tmp_path)])
+    assert code == 0, said
+    check_logs(name, tmp_path, total)
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
