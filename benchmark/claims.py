@@ -8,13 +8,13 @@ than too wide. Exit codes: 0, 1 if there is no finished run, 2 for a wrong comma
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from benchmark.logs import PLASTICITY, make_folder, order_of, print_left_out, read_runs, settings_table
+from benchmark.logs import DIAGNOSED, PLASTICITY, make_folder, order_of, print_left_out, read_runs, settings_table
 from benchmark.measures import collapse, final_values, last_of, settled
 from benchmark.table import interval, probability_of_improvement, resampled
 from common.run import check_range, fail, parse_args
@@ -42,12 +42,20 @@ WITHIN = ("pca_rank", "critic_rank", "preactivation_norm", "dead_units", "excess
 WITHIN += ("plasticity_loss", "critic_plasticity_loss")
 
 
+def until(run, steps):
+    """The run as it stood at an environment step, as if it had ended there."""
+    scalars = {tag: series[series.index <= steps] for tag, series in run.scalars.items()}
+    width = np.diff(run.grid[:2])  # its last diagnosis may lie just before
+    whole = len(width) and run.last_step + width[0] >= steps
+    return replace(run, total_steps=int(scalars[DIAGNOSED].index[-1]) if whole else steps, scalars=scalars)
+
+
 def values_of(run):
     """What a finished run is compared by: at its end, {name: value}, and over its first 5 %, {name: value}."""
     score, steps = settled(run.carried_return().dropna(), run), collapse(run)
-    rank = settled(run.get("representation/after/actor/pca_rank"), run)
+    rank = settled(run.get(DIAGNOSED), run)
     tags = {
-        "pca_rank": "representation/after/actor/pca_rank",
+        "pca_rank": DIAGNOSED,
         "critic_rank": "representation/after/critic/pca_rank",
         "preactivation_norm": "representation/after/actor/preactivation_norm",
         "dead_units": "representation/after/actor/dead_units",
@@ -188,6 +196,9 @@ class Args:
     """run folders, folders of runs, files of benchmark.logs, the paper's CSV logs, or quoted patterns of these"""
     output: Path = Path("figures")
     """folder of claims.md and claims.csv"""
+    steps: int = 0
+    """compare the runs as they stood at this environment step, those included that are in progress beyond it; 0 is the
+    end of each"""
     resamples: int = 10_000
     """bootstrap samples of each interval"""
     seed: int = 0
@@ -198,7 +209,13 @@ if __name__ == "__main__":
     args = parse_args(Args)
     check_range(args, "resamples", low=100, high=1_000_000)
     check_range(args, "seed", low=0, high=2**31 - 1)
+    check_range(args, "steps", low=0)
     runs, left_out, notes = read_runs(args.runs)
+    if args.steps:
+        first = max((int(run.grid[0]) for run in runs), default=0)
+        if args.steps < first:
+            fail(f"--steps {args.steps}: must be at least {first}, where each run has been diagnosed once")
+        runs = [until(run, args.steps) for run in runs]
     left_out += [(run.name, "in progress: the claims are of the end of training") for run in runs if not run.finished]
     print_left_out(left_out, notes)
     finished = [run for run in runs if run.finished]

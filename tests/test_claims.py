@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_figures import ROOT, curves_of, make_run, write_run
 
-from benchmark.claims import MEASURES, WITHIN, claims, effect, values_of
+from benchmark.claims import MEASURES, WITHIN, claims, effect, until, values_of
 from benchmark.logs import PLASTICITY
 
 
@@ -36,6 +36,18 @@ def test_a_run_at_its_two_ends():
     assert end["collapsed"] == end["halved"] == 1 and 0 < end["kept"] < 0.02 and end["rank_kept"] < 0.1
     assert 0 < end["step_of_max"] <= 0.005 and 1000 <= end["max_return"] <= 1005
     assert end.keys() >= MEASURES.keys() and start.keys() == set(WITHIN)
+
+
+def test_a_run_until_a_step():
+    """It is a finished run of that length, the later half gone; one that is not as far stays in progress."""
+    curves = curves_of(1, collapsed=True)
+    run = until(make_run(curves), 4950)
+    assert run.finished and run.last_step == run.total_steps == 4900
+    end, _ = values_of(run)
+    assert end["collapsed"] == end["halved"] == 0 and end["return"] > 1000
+    assert values_of(make_run(curves))[0]["return"] < 100
+    short = {tag: {step: x for step, x in points.items() if step <= 3000} for tag, points in curves.items()}
+    assert not until(make_run(short), 4950).finished
 
 
 def test_comparisons_between_settings():
@@ -68,5 +80,9 @@ def test_the_command(tmp_path):
     assert "left out, in progress" in done.stdout and "2 runs used" in done.stdout
     assert (tmp_path / "claims.md").read_text() in done.stdout
     assert (tmp_path / "claims.csv").read_text().count("\n") == 1 + len(WITHIN)
+    done = subprocess.run([*command, "--steps", "4000"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "3 runs used" in done.stdout, done.stdout + done.stderr
+    done = subprocess.run([*command, "--steps", "50"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("error: --steps 50"), done.stdout + done.stderr
     done = subprocess.run([*command, "--resamples", "1"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stderr.startswith("error: --resamples 1") and done.stderr.count("\n") == 1
