@@ -79,7 +79,10 @@ def values_of(run):
     start = {name: run.get(tag)[lambda x: x.index <= early].mean() for name, tag in tags.items()}
     above, below = (run.get(f"trust_region/ratio_{side}_mean") for side in ("above", "below"))
     start["excess_ratio"] = (above / below)[lambda x: x.index <= early].mean()
-    start |= {name: x.iloc[0] if len(x) and x.index[0] == 0 else math.nan for name, x in plasticity.items()}
+    # Networks that are the targets, as those of a run with the targets' seed, have nothing to fit.
+    start |= {
+        name: x.iloc[0] if len(x) and x.index[0] == 0 and x.iloc[0] else math.nan for name, x in plasticity.items()
+    }
     return end, start
 
 
