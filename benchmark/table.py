@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import stats
 
 from benchmark.logs import SETTING, make_folder, order_of, print_left_out, read_runs, settings_table
-from benchmark.measures import FINAL_MEASURES, collapse, final_values, settled
+from benchmark.measures import FINAL_MEASURES, collapse, final_values, ratio_broken, settled
 from common.run import check_range, fail, parse_args
 
 KEY = ("source", "env_id", "activation", "schedule", "intervention")  # of a row, but for the epochs
@@ -57,7 +57,7 @@ def table_of_runs(runs):
     for run in runs:
         setting = dict(zip(SETTING, run.setting, strict=True))
         head = {"run": run.name, **setting, "seed": run.seed, "finished": run.finished, "last_step": run.last_step}
-        steps = collapse(run)
+        steps = {**collapse(run), "ratio_broken": ratio_broken(run)}
         score, rank = steps["return_halved"], steps["rank_tenth"]
         first = None
         if steps["collapsed"] is not None:
@@ -65,7 +65,7 @@ def table_of_runs(runs):
         best = {"max_return": settled(run.carried_return().dropna(), run).max()}
         rows.append({**head, **final_values(run), **best, **steps, "first": first, "hours": run.hours})
     table = pd.DataFrame(rows)
-    for name in ("collapsed", "return_halved", "rank_tenth", "rank_halved"):
+    for name in ("collapsed", "return_halved", "rank_tenth", "rank_halved", "ratio_broken"):
         table[name] = table[name].astype("Int64")
     return table.sort_values([*SETTING, "seed"], ignore_index=True)
 
@@ -137,6 +137,14 @@ def claims(table):
                 f"in {share(collapsed['first'] == 'rank')};",
                 "at equal thresholds, the rank was below half of its maximum before the return was "
                 f"in {share(collapsed['rank_halved'] < collapsed['return_halved'])}.",
+            ]
+        fell = part[part["return_halved"].notna()]
+        if len(fell):
+            before = fell[["rank_halved", "ratio_broken"]].lt(fell["return_halved"], axis=0).fillna(False)
+            words += [
+                f"The return fell below half of its maximum for good in {len(fell)}:",
+                f"before that, the rank had in {share(before['rank_halved'])},",
+                f"and the excess ratio had passed 10 in {share(before['ratio_broken'])}.",
             ]
         lines.append(" ".join(words))
     return lines

@@ -455,6 +455,14 @@ def test_collapse_is_where_both_fell_for_good():
         assert measures.collapse(run)["collapsed"] is None
 
 
+def test_where_the_ratios_leave_their_bounds():
+    above = {step: 1e20 if step >= 6000 or step == 3000 else 1.3 for step in STEPS}  # a single time is none
+    run = make_run({ABOVE: above, BELOW: dict.fromkeys(STEPS, 0.7)}, total_steps=20_000)
+    assert measures.ratio_broken(run) == 6000
+    assert measures.excess_ratio(run).max() == pytest.approx(1e13 / 0.7)
+    assert measures.ratio_broken(make_run({ABOVE: {100: 1.3}, BELOW: {100: 0.7}})) is None
+
+
 def test_collapse_of_negative_returns():
     """Twice as bad is low, half as bad is not."""
     assert measures.collapse(falls(3000, 5000, high_return=-10.0, low_return=-20.0))["collapsed"] == 5000
