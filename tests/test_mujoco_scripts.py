@@ -4,12 +4,15 @@ import copy
 import dataclasses
 import importlib
 import math
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_scripts import (
     DIAGNOSTICS,
     EVALUATION,
@@ -23,7 +26,7 @@ from test_scripts import (
     scalars_of,
 )
 
-script = importlib.import_module("ppo_mujoco")
+script, multiseed = map(importlib.import_module, ("ppo_mujoco", "ppo_mujoco_multiseed"))
 # Five iterations of 2 x 64 transitions
 TINY = ["--num-steps", "64", "--minibatch-size", "32", "--update-epochs", "2", "--obs-norm-steps", "50"]
 TINY += ["--total-timesteps", "700"]
@@ -154,7 +157,7 @@ def test_many_seeds_are_the_runs_of_each_seed(variant, tmp_path):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("everything", [True, False])
-def test_recorded_gradients_and_actions_are_the_eager_ones(variant, everything, monkeypatch):
+def test_recorded_gradients_are_the_eager_ones(variant, everything, monkeypatch):
     """Bit for bit, for minibatches and weights other than those that they were recorded with, and so is Adam's step."""
     monkeypatch.setattr(sys, "argv", ["x", *VARIANTS[variant].split()])
     args = script.parse_args(script.Args)
@@ -184,7 +187,6 @@ def test_recorded_gradients_and_actions_are_the_eager_ones(variant, everything, 
         return script.gradients(other, script.losses, mb, kl_coef, args, everything)
 
     replay = script.recorded_gradients(of_other)
-    act = script.recorded(lambda obs, noise: script.sample(other.policy(obs).output, noise))
     optimizers = script.make_optimizers(agent, args)
     params = [p for optimizer in optimizers for p in optimizer.param_groups[0]["params"]]
     others = script.make_optimizers(other, args)
@@ -202,11 +204,54 @@ def test_recorded_gradients_and_actions_are_the_eager_ones(variant, everything, 
             optimizer.step()  # PyTorch's own
         for (name, p), q in zip(agent.named_parameters(), other.parameters(), strict=True):
             assert torch.equal(p, q), name
-        obs, noise = torch.randn(2, 12), torch.randn(2, 3)
-        with torch.no_grad():
-            assert torch.equal(act(obs, noise), script.sample(agent.policy(obs).output, noise))
     for mine, theirs in zip(optimizers, others, strict=True):
         assert same(mine.state_dict(), theirs.state_dict())
+
+
+@given(
+    activation=st.sampled_from([*script.IN_NUMPY]),
+    hidden=st.lists(st.integers(1, 70), min_size=1, max_size=3),
+    seeds=st.integers(1, 3),
+    num_envs=st.integers(1, 4),
+    action_dim=st.integers(1, 5),
+    gain=st.sampled_from([0.1, 1.0, 100.0]),
+    draw=st.integers(0, 2**31),
+)
+def test_numpy_acts_as_the_policy_does(activation, hidden, seeds, num_envs, action_dim, gain, draw):
+    """For one seed and for a batch, with weights that have changed since, and inside the box."""
+    torch.manual_seed(draw)
+    args = script.Args(hidden_sizes=tuple(hidden), activation=activation)
+    agents = [script.Agent(6, -np.ones(action_dim), np.ones(action_dim), args) for _ in range(seeds)]
+    obs, noise = gain * torch.randn(seeds * num_envs, 7), torch.randn(seeds * num_envs, action_dim)
+
+    batch = multiseed.Agents(agents)  # the agents' weights are now views of the batch's
+    together = multiseed.numpy_act(batch.layers()[: batch.depth], multiseed.IN_NUMPY[activation])
+    for agent in agents:
+        agent.actor.output.bias.data += 60 * torch.randn(2 * action_dim)
+    assert (together(obs, noise).abs() < 1).all()
+    rows = (x.split(num_envs) for x in (obs, noise, together(obs, noise)))
+    for agent, own_obs, own_noise, of_batch in zip(agents, *rows, strict=True):
+        layers = [(layer.weight, layer.bias) for layer in (*agent.actor.hidden, agent.actor.output)]
+        act = script.numpy_act(layers, script.IN_NUMPY[activation])
+        with torch.no_grad():
+            ours = script.sample(agent.policy(own_obs).output, own_noise)
+        for theirs in (of_batch, act(own_obs, own_noise)):
+            torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5 * max(gain, 1))
+
+
+@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed"])
+@pytest.mark.parametrize("activation", ["Tanh", "GELU"])
+def test_a_changed_network_acts_or_ends_the_run(name, activation, tmp_path):
+    line = "x = self.activation(preactivations[-1])"
+    source = (ROOT / f"{name}.py").read_text()
+    assert line in source
+    (tmp_path / "my_ablation.py").write_text(source.replace(line, f"{line} + 0.1"))
+    command = [sys.executable, "my_ablation.py", *TINY, "--activation", activation]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+    )
+    refused = activation == "Tanh"
+    assert (done.returncode != 0) == refused == ("is numpy_act its network?" in done.stderr), done.stderr
 
 
 PATCHED = """
