@@ -38,6 +38,7 @@ from common.run import (
     milestones,
     parse_args,
     pick_device,
+    quit_on_interrupt,
     random_states,
     restore,
 )
@@ -538,6 +539,7 @@ def evaluate(agent, args, device, seeds, greedy, video=None):
 if __name__ == "__main__":
     args = parse_args(Args)
     check_args(args)
+    quit_on_interrupt()
     device = pick_device(args.device)
     keep_freed_memory()
     restored = {"num_actions": int, "kl_coef": float, "episodes": int, "recent_returns": list}

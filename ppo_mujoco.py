@@ -53,6 +53,7 @@ from common.run import (
     milestones,
     parse_args,
     pick_device,
+    quit_on_interrupt,
     random_states,
     restore,
     usable_cores,
@@ -833,6 +834,7 @@ def evaluate(agent, normalizer, args, device, seeds, greedy, video=None):
 if __name__ == "__main__":
     args = parse_args(Args)
     check_args(args)
+    quit_on_interrupt()
     device = pick_device(args.device)
     keep_freed_memory()
     set_threads(args)

@@ -318,8 +318,6 @@ def find_checkpoints(runs, script, **types):
     runs: the arguments of each. Runs that a kill, or a disk that was full for some of them, left at different
     iterations go back to the newest that all of them have.
     """
-    # Until StopRequest takes over, there is nothing to save.
-    signal.signal(signal.SIGINT, lambda *_: fail("interrupted before training began", code=130))
     if not all(args.resume for args in runs):
         return [None] * len(runs)
     auto = all(args.resume == "auto" for args in runs)
@@ -450,6 +448,11 @@ def restore(checkpoint, agent, optimizers, device, **others):
             torch.mps.set_rng_state(states["mps"])
     except (BadCheckpoint, AttributeError, RuntimeError, TypeError) as error:
         fail(f"{checkpoint['path']}: can't be resumed, {error}")
+
+
+def quit_on_interrupt():
+    """Let Ctrl-C end the process in one line, until ``StopRequest`` takes over: there is nothing to save yet."""
+    signal.signal(signal.SIGINT, lambda *_: fail("interrupted before training began", code=130))
 
 
 class StopRequest:

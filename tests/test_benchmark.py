@@ -17,9 +17,10 @@ def program(name, *flags):
     return done.stdout
 
 
-def test_random_policy():
-    out = program("random_policy", "--env-id", "Breakout-v5", "--episodes", "3")
-    assert out.startswith("Breakout-v5: random actions return ") and out.endswith("3 games\n")
+@pytest.mark.parametrize("env_id", ["Breakout-v5", "Hopper-v5"])
+def test_random_policy(env_id):
+    out = program("random_policy", "--env-id", env_id, "--episodes", "3")
+    assert out.startswith(f"{env_id}: random actions return ") and out.endswith("3 episodes\n")
 
 
 @pytest.mark.parametrize("script, mflop", [("ppo_pfo_atari.py", 434), ("ppo_atari.py", 217)])

@@ -24,6 +24,13 @@ if os.geteuid() == 0:
 """
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_ctrl_c_before_training_costs_a_line(name, tmp_path):
+    interrupt = "import envpool, signal; envpool.make = lambda *args, **kwargs: signal.raise_signal(signal.SIGINT)"
+    assert run(name, tmp_path, small(name, 1), interrupt) == (130, "error: interrupted before training began\n")
+    assert not (tmp_path / "runs").exists()
+
+
 def goes_on(name, folder, break_it, mend_it, lines, code=""):
     """Break something in a run's middle: it says so, goes on, and once mended has lost nothing."""
 

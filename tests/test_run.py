@@ -114,7 +114,6 @@ def made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     housekeeping._say_once.cache_clear()
     monkeypatch.setattr(housekeeping, "_locks", {})
-    handler = signal.getsignal(signal.SIGINT)
 
     def make(iterations, seed=3):
         run = Run(LongArgs(seed=seed), total_steps=80)
@@ -125,8 +124,7 @@ def made(tmp_path, monkeypatch):
         housekeeping._unlock(run.folder)
         return run.folder
 
-    yield make
-    signal.signal(signal.SIGINT, handler)
+    return make
 
 
 def resumed(folder):
@@ -229,13 +227,6 @@ def test_other_code_and_libraries_are_named(made, monkeypatch, capsys):
     out = capsys.readouterr().out
     (line,) = (line for line in out.splitlines() if line.startswith("not what it was saved with"))
     assert f"torch 0.0 (was {library_versions()['torch']})" in line and "code abc (was" in line and "numpy" not in line
-
-
-def test_ctrl_c_before_training_costs_a_line(made, capsys):
-    find_checkpoint(LongArgs(), "x.py")
-    with pytest.raises(SystemExit) as stop:
-        signal.raise_signal(signal.SIGINT)
-    assert stop.value.code == 130 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_checkpoint_that_fails_says_so_once(tmp_path, monkeypatch, capsys):
