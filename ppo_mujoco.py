@@ -410,23 +410,30 @@ def sample(output, noise):
     return squash(torch.addcmul(loc, scale, noise))
 
 
-# The activations that NumPy has; with the others, PyTorch acts.
+# The activations that NumPy has
 IN_NUMPY = {"Tanh": np.tanh, "ReLU": functools.partial(np.maximum, np.float32(0))}
+
+
+def acts_in_numpy(layers, args):
+    """Whether ``numpy_act`` is the faster way to act: the network is so small that calls take the time of an action."""
+    return (
+        args.activation in IN_NUMPY and args.num_envs * max(w[..., 0].numel() * w.shape[-1] for w, _ in layers) < 2**17
+    )
 
 
 def numpy_act(layers, activation):
     """``sample`` of the policy made of ``layers`` as a function of observations and noise, the same but for rounding.
 
-    Between two steps of a simulation a call of PyTorch's takes three times as long as one of NumPy's, whatever it
-    computes. layers: weights (…, out, in) and biases (…, out) on a CPU, which are read where they are and may go on
-    learning; (…) are the seeds of a batch, or nothing. activation: one of ``IN_NUMPY``.
+    Most of an action's time goes into PyTorch's overhead for each operation; NumPy has a fraction of it. layers:
+    weights (…, out, in) and biases (…, out) on a CPU, which are read where they are and may go on learning; (…) are the
+    seeds of a batch, or nothing. activation: one of ``IN_NUMPY``.
     """
     weights = [weight.detach().numpy().swapaxes(-1, -2) for weight, _ in layers]
     biases = [bias.detach().numpy()[..., None, :] for _, bias in layers]
     seeds, action_dim = biases[0].shape[:-2], biases[-1].shape[-1] // 2
     raw_of_1, smallest, end = map(np.float32, (math.log(math.expm1(0.99)), 0.01, 1 - 1e-6))
 
-    @np.errstate(over="ignore", invalid="ignore")  # what is not finite ends the run with a message of its own
+    @np.errstate(all="ignore")  # what is not finite ends the run with a message of its own
     def act(obs, noise):
         x = obs.numpy().reshape(*seeds, -1, obs.shape[-1])
         for weight, bias in zip(weights, biases, strict=True):
@@ -882,7 +889,7 @@ if __name__ == "__main__":
 
     if device.type == "cpu" and not args.compile:
         layers = [(layer.weight, layer.bias) for layer in (*agent.actor.hidden, agent.actor.output)]
-        fast = args.activation in IN_NUMPY
+        fast = acts_in_numpy(layers, args)
         act = numpy_act(layers, IN_NUMPY[args.activation]) if fast else recorded(act)
         differentiate = recorded_gradients(differentiate)
     else:
@@ -911,10 +918,10 @@ if __name__ == "__main__":
             "random_states": {**random_states(device), "numpy": rng.bit_generator.state},
         }
 
-    def stop(broken):
+    def stop(why):
         holds = "holds" if run.save_checkpoint(previous_step, good) else "lacks"
         run.close(exit_code=1)
-        fail(f"the {broken} is not finite in iteration {iteration}; {run.folder} {holds} the state before it", code=1)
+        fail(f"{why} in iteration {iteration}; {run.folder} {holds} the state before it", code=1)
 
     interrupted = StopRequest()
     start_time = time.time()
@@ -949,7 +956,7 @@ if __name__ == "__main__":
         if broken:  # the earliest, and of one step the first in the order of cause and effect
             name = min(broken, key=lambda name: broken[name][0, 0].item())
             step, env = broken[name][0, :2].tolist()
-            stop(f"{name} of environment {env} in step {step + 1} of the rollout")
+            stop(f"the {name} of environment {env} in step {step + 1} of the rollout is not finite")
         for _, steps, episode_return, length in ended:
             scalars_of_episode = {"charts/episodic_return": episode_return, "charts/episodic_length": length}
             run.log(scalars_of_episode, previous_step + steps * N)
@@ -972,8 +979,10 @@ if __name__ == "__main__":
             before = {"actor": actor.map(lambda x: x[: T * N]), "critic": critic.map(lambda x: x[: T * N])}
             loc, scale = loc_and_scale(before["actor"].output)
             z = unsquash(transitions.actions.flatten(0, 1))
-            unlike = (squash(torch.addcmul(loc, scale, noise.flatten(0, 1))) - z.tanh()).abs().mean()
-        assert not unlike > 1e-3, "act gives other actions than the policy that learns: is numpy_act its network?"
+            apart = sample(before["actor"].output, noise.flatten(0, 1)) - transitions.actions.flatten(0, 1)
+            apart = apart.abs().mean().item()
+        if apart > 1e-4:
+            stop(f"the actions are {apart:.1g} off those of the policy that learns (is numpy_act its network?)")
         batch = {
             "obs": obs[:-1].flatten(0, 1),
             "z": z,
@@ -1032,7 +1041,7 @@ if __name__ == "__main__":
         for name, x in (checked | {f"{name}'s gradient norm": x for name, x in grad_norms.items()}).items():
             if not all(map(math.isfinite, x)):
                 run.log(scalars, global_step)
-                stop(name)
+                stop(f"the {name} is not finite")
 
         # Diagnostics of the whole rollout, by the networks as they now are
         if diagnosed:

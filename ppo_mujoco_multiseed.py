@@ -474,23 +474,30 @@ def sample(output, noise):
     return squash(torch.addcmul(loc, scale, noise))
 
 
-# The activations that NumPy has; with the others, PyTorch acts.
+# The activations that NumPy has
 IN_NUMPY = {"Tanh": np.tanh, "ReLU": functools.partial(np.maximum, np.float32(0))}
+
+
+def acts_in_numpy(layers, args):
+    """Whether ``numpy_act`` is the faster way to act: the network is so small that calls take the time of an action."""
+    return (
+        args.activation in IN_NUMPY and args.num_envs * max(w[..., 0].numel() * w.shape[-1] for w, _ in layers) < 2**17
+    )
 
 
 def numpy_act(layers, activation):
     """``sample`` of the policy made of ``layers`` as a function of observations and noise, the same but for rounding.
 
-    Between two steps of a simulation a call of PyTorch's takes three times as long as one of NumPy's, whatever it
-    computes. layers: weights (…, out, in) and biases (…, out) on a CPU, which are read where they are and may go on
-    learning; (…) are the seeds of a batch, or nothing. activation: one of ``IN_NUMPY``.
+    Most of an action's time goes into PyTorch's overhead for each operation; NumPy has a fraction of it. layers:
+    weights (…, out, in) and biases (…, out) on a CPU, which are read where they are and may go on learning; (…) are the
+    seeds of a batch, or nothing. activation: one of ``IN_NUMPY``.
     """
     weights = [weight.detach().numpy().swapaxes(-1, -2) for weight, _ in layers]
     biases = [bias.detach().numpy()[..., None, :] for _, bias in layers]
     seeds, action_dim = biases[0].shape[:-2], biases[-1].shape[-1] // 2
     raw_of_1, smallest, end = map(np.float32, (math.log(math.expm1(0.99)), 0.01, 1 - 1e-6))
 
-    @np.errstate(over="ignore", invalid="ignore")  # what is not finite ends the run with a message of its own
+    @np.errstate(all="ignore")  # what is not finite ends the run with a message of its own
     def act(obs, noise):
         x = obs.numpy().reshape(*seeds, -1, obs.shape[-1])
         for weight, bias in zip(weights, biases, strict=True):
@@ -1006,7 +1013,7 @@ if __name__ == "__main__":
 
     if device.type == "cpu" and not args.compile:
         layers = agents.layers()[: agents.depth]
-        fast = args.activation in IN_NUMPY
+        fast = acts_in_numpy(layers, args)
         act = numpy_act(layers, IN_NUMPY[args.activation]) if fast else recorded(act)
         differentiate = recorded_gradients(differentiate)
     else:
@@ -1043,13 +1050,13 @@ if __name__ == "__main__":
             },
         }
 
-    def stop(s, broken):
+    def stop(s, why):
         """End the run of one seed; its environments go on with its last good policy, and nobody learns from them."""
         holds = "holds" if runs[s].save_checkpoint(previous_step, good[s]) else "lacks"
         agents.agents[s].load_state_dict(good[s]["agent"])
         training.remove(s)
         runs[s].close(exit_code=1, keep_bar=bool(training))
-        line = f"the {broken} is not finite in iteration {iteration}; {runs[s].folder} {holds} the state before it"
+        line = f"{why} in iteration {iteration}; {runs[s].folder} {holds} the state before it"
         say(f"error: {line}", file=sys.stderr)
         if not training:
             raise SystemExit(1)
@@ -1091,7 +1098,7 @@ if __name__ == "__main__":
             ((*at, name) for name, x in broken.items() for at in x.tolist()), key=lambda at: at[0]
         ):
             if i // N in training:
-                stop(i // N, f"{name} of environment {i % N} in step {step + 1} of the rollout")
+                stop(i // N, f"the {name} of environment {i % N} in step {step + 1} of the rollout is not finite")
         for s in sorted(training):
             of_seed = [episode[1:] for episode in ended if episode[0] // N == s]
             for steps, episode_return, length in of_seed:
@@ -1116,8 +1123,12 @@ if __name__ == "__main__":
             before = {"actor": actor.map(lambda x: x[:, : T * N]), "critic": critic.map(lambda x: x[:, : T * N])}
             loc, scale = loc_and_scale(before["actor"].output)
             z = unsquash(by_seed(transitions.actions, S))
-            unlike = (squash(torch.addcmul(loc, scale, by_seed(noise, S))) - z.tanh()).abs().mean()
-        assert not unlike > 1e-3, "act gives other actions than the policy that learns: is numpy_act its network?"
+            apart = sample(before["actor"].output, by_seed(noise, S)) - by_seed(transitions.actions, S)
+            apart = apart.abs().mean((1, 2)).tolist()
+        for s in sorted(training):
+            if apart[s] > 1e-4:
+                off = f"{apart[s]:.1g} off those of the policy that learns (is numpy_act its network?)"
+                stop(s, f"the actions are {off}")
         batch = {
             "obs": by_seed(obs[:-1], S),
             "z": z,
@@ -1194,7 +1205,7 @@ if __name__ == "__main__":
             for name, x in (checked | {f"{name}'s gradient norm": x for name, x in grad_norms.items()}).items():
                 if not all(map(math.isfinite, x)):
                     runs[s].log(scalars[s], global_step)
-                    stop(s, name)
+                    stop(s, f"the {name} is not finite")
                     break
 
         # Diagnostics of the whole rollout, by the networks as they now are

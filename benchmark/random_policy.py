@@ -6,9 +6,11 @@
 The environment is ppo_pfo_atari.py's or ppo_mujoco.py's with its defaults, but for the reward, which is the game's own.
 """
 
+import difflib
 from dataclasses import dataclass
 
 import numpy as np
+from envpool.atari.registration import atari_game_list
 from envpool.mujoco.gym.registration import gym_mujoco_envs
 
 import ppo_mujoco
@@ -31,8 +33,11 @@ if __name__ == "__main__":
     args = parse_args(Args)
     check_range(args, "episodes", low=1, high=1024)
     check_range(args, "seed", low=0, high=2**31 - 1)
-    tasks = {f"{task}-{version}" for task, versions, _ in gym_mujoco_envs for version in versions}
-    script = ppo_mujoco if args.env_id in tasks else ppo_pfo_atari
+    scripts = {f"{game.replace('_', '')}-v5": ppo_pfo_atari for game in atari_game_list}
+    scripts |= {
+        f"{task}-{version}".lower(): ppo_mujoco for task, versions, _ in gym_mujoco_envs for version in versions
+    }
+    script = scripts[difflib.get_close_matches(args.env_id.lower(), scripts, n=1, cutoff=0)[0]]
     env_args = script.Args(env_id=args.env_id)
     script.check_args(env_args)
     rng = np.random.default_rng(args.seed)
@@ -40,7 +45,7 @@ if __name__ == "__main__":
     envs.reset()
     returns, playing = np.zeros(args.episodes), np.arange(args.episodes, dtype=np.int32)
     while playing.size:
-        if args.env_id in tasks:
+        if script is ppo_mujoco:
             low, high = envs.action_space.low, envs.action_space.high
             actions = rng.uniform(low, high, (len(playing), *low.shape))
         else:

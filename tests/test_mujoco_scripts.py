@@ -157,7 +157,7 @@ def test_many_seeds_are_the_runs_of_each_seed(variant, tmp_path):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("everything", [True, False])
-def test_recorded_gradients_are_the_eager_ones(variant, everything, monkeypatch):
+def test_recorded_gradients_and_actions_are_the_eager_ones(variant, everything, monkeypatch):
     """Bit for bit, for minibatches and weights other than those that they were recorded with, and so is Adam's step."""
     monkeypatch.setattr(sys, "argv", ["x", *VARIANTS[variant].split()])
     args = script.parse_args(script.Args)
@@ -187,6 +187,7 @@ def test_recorded_gradients_are_the_eager_ones(variant, everything, monkeypatch)
         return script.gradients(other, script.losses, mb, kl_coef, args, everything)
 
     replay = script.recorded_gradients(of_other)
+    act = script.recorded(lambda obs, noise: script.sample(other.policy(obs).output, noise))
     optimizers = script.make_optimizers(agent, args)
     params = [p for optimizer in optimizers for p in optimizer.param_groups[0]["params"]]
     others = script.make_optimizers(other, args)
@@ -204,6 +205,9 @@ def test_recorded_gradients_are_the_eager_ones(variant, everything, monkeypatch)
             optimizer.step()  # PyTorch's own
         for (name, p), q in zip(agent.named_parameters(), other.parameters(), strict=True):
             assert torch.equal(p, q), name
+        obs, noise = torch.randn(2, 12), torch.randn(2, 3)
+        with torch.no_grad():
+            assert torch.equal(act(obs, noise), script.sample(agent.policy(obs).output, noise))
     for mine, theirs in zip(optimizers, others, strict=True):
         assert same(mine.state_dict(), theirs.state_dict())
 
@@ -226,8 +230,8 @@ def test_numpy_acts_as_the_policy_does(activation, hidden, seeds, num_envs, acti
 
     batch = multiseed.Agents(agents)  # the agents' weights are now views of the batch's
     together = multiseed.numpy_act(batch.layers()[: batch.depth], multiseed.IN_NUMPY[activation])
-    for agent in agents:
-        agent.actor.output.bias.data += 60 * torch.randn(2 * action_dim)
+    for p in (p for agent in agents for p in agent.actor.parameters()):
+        p.data.mul_(1.5).add_(0.1)
     assert (together(obs, noise).abs() < 1).all()
     rows = (x.split(num_envs) for x in (obs, noise, together(obs, noise)))
     for agent, own_obs, own_noise, of_batch in zip(agents, *rows, strict=True):
@@ -240,18 +244,27 @@ def test_numpy_acts_as_the_policy_does(activation, hidden, seeds, num_envs, acti
 
 
 @pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed"])
-@pytest.mark.parametrize("activation", ["Tanh", "GELU"])
-def test_a_changed_network_acts_or_ends_the_run(name, activation, tmp_path):
-    line = "x = self.activation(preactivations[-1])"
+@pytest.mark.parametrize(
+    "line, change, activation",
+    [
+        ("x = self.activation(preactivations[-1])", "x = self.activation(preactivations[-1]) + 0.1", "Tanh"),
+        ("x = self.activation(preactivations[-1])", "x = self.activation(preactivations[-1]) + 0.1", "GELU"),
+        ("return squash(torch.addcmul(loc, scale, noise))", "return squash(loc + 2 * scale * noise)", "ReLU"),
+    ],
+)
+def test_a_changed_policy_acts_or_ends_the_run(name, line, change, activation, tmp_path):
     source = (ROOT / f"{name}.py").read_text()
     assert line in source
-    (tmp_path / "my_ablation.py").write_text(source.replace(line, f"{line} + 0.1"))
+    (tmp_path / "my_ablation.py").write_text(source.replace(line, change))
     command = [sys.executable, "my_ablation.py", *TINY, "--activation", activation]
     done = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
     )
-    refused = activation == "Tanh"
-    assert (done.returncode != 0) == refused == ("is numpy_act its network?" in done.stderr), done.stderr
+    if activation == "GELU":  # which PyTorch computes
+        assert done.returncode == 0 and not done.stderr
+    else:
+        assert done.returncode == 1 and "is numpy_act its network?) in iteration 1; runs/" in done.stderr
+        assert done.stderr.count("\n") == len(list((tmp_path / "runs").iterdir()))
 
 
 PATCHED = """
