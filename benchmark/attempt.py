@@ -219,6 +219,8 @@ def attempt(unit, root, folder, cpus, gpus, tags):
     root: folder of the scripts, folder: that of runs/ and logs/, both as every machine sees them. cpus: cores, gpus: 0
     hides the GPUs. tags: for W&B. If the task is cancelled, so is the script, which saves a checkpoint first.
     """
+    # A study in the background of a shell script ignores SIGINT, and its workers with it; Ray cancels by nothing else.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     root, folder, node = Path(root), Path(folder), socket.gethostname()
     script = root / unit.command[1]
     for path in (script, folder):

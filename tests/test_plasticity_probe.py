@@ -430,7 +430,10 @@ def test_two_probes_of_one_run_keep_apart(run, capsys):
 def test_an_interrupted_probe_goes_on(run):
     folder, whole = run(), run(name="whole")
     command = [sys.executable, str(ROOT / "plasticity_probe.py"), str(folder), "--epochs", "8", "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Where the tests themselves ignore it, in the background of a shell script
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, **pipes, **heeds) as process:
         for line in process.stdout:
             if line.startswith("step 256"):
                 process.send_signal(signal.SIGINT)

@@ -366,8 +366,10 @@ def awaits(process, number):
 def test_an_interrupted_study_goes_on(number, code, tmp_path):
     """Ctrl-C: the runs save and end. Kill: they end at once. Either way the same command completes them.
 
-    The first script stops in its middle, where the signal meets it.
+    The first script stops in its middle, where the signal meets it. The study that is to get SIGTERM ignores SIGINT, as
+    one in the background of a shell script does.
     """
+    on_interrupt = signal.SIG_IGN if number == signal.SIGTERM else signal.SIG_DFL
     kill = f"os.kill(os.getpid(), {int(signal.SIGSTOP)})"
     stop = f"if iteration == 5 and not os.path.exists('met'): open('met', 'w').close(), {kill}"
     root = copy_repository(tmp_path / "root", ppo_mujoco=stop, ppo_mujoco_multiseed=stop)
@@ -376,7 +378,8 @@ def test_an_interrupted_study_goes_on(number, code, tmp_path):
     options = ["--commands", *commands, "--seeds", "1", "2", "--num-cpus", "1"]
     options += ["--batch-seeds"] if number == signal.SIGKILL else []
     driver = subprocess.Popen(command_line(folder, *options, total=total), cwd=root, env=ENVIRONMENT, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, on_interrupt))  # fmt: skip
     try:
         wait_for(lambda: any(map(is_stopped, alive(folder))))
         (script,) = alive(folder)
