@@ -126,8 +126,11 @@ def row_of(what, name, values, reference, paired, rng, resamples):
     return row
 
 
-def claims(runs, rng, resamples):
-    """The table of claims: a row for each comparison and measure of finished Runs."""
+def claims(runs, seed, resamples):
+    """The table of claims: a row for each comparison and measure of finished Runs.
+
+    Each row's bootstrap begins from ``seed``, so that its interval is the same whatever other runs there are.
+    """
     found = {}
     for run in runs:
         key = (run.source, run.env_id, run.activation, run.schedule)
@@ -143,6 +146,7 @@ def claims(runs, rng, resamples):
         def add(comparison, names, values, references, paired, head=head):
             for name in names:
                 what = {**head, "comparison": comparison}
+                rng = np.random.default_rng(seed)
                 rows.append(row_of(what, name, values(name), references(name), paired, rng, resamples))
 
         for setting in order:
@@ -226,7 +230,7 @@ if __name__ == "__main__":
         fail(f"--runs {' '.join(args.runs)}: no finished run in it can be used", code=1)
     make_folder(args.output)
     print("\n".join([f"{len(finished)} runs used:", *settings_table(finished), ""]))
-    table = claims(finished, np.random.default_rng(args.seed), args.resamples)
+    table = claims(finished, args.seed, args.resamples)
     table.to_csv(args.output / "claims.csv", index=False, float_format="%.6g")
     text = markdown(table)
     (args.output / "claims.md").write_text(text, encoding="utf-8")

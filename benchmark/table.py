@@ -70,8 +70,11 @@ def table_of_runs(runs):
     return table.sort_values([*SETTING, "seed"], ignore_index=True)
 
 
-def table_of_settings(table, rng, resamples):
-    """A row for each setting and, where it has several numbers of epochs, for all of them, stratified by them."""
+def table_of_settings(table, seed, resamples):
+    """A row for each setting and, where it has several numbers of epochs, for all of them, stratified by them.
+
+    Each row's bootstrap begins from ``seed``, so that its intervals are the same whatever other runs there are.
+    """
     rows = []
     for key, members in table.groupby(list(KEY), sort=False):
         by_epochs = {epochs: part for epochs, part in members.groupby("epochs")}
@@ -82,6 +85,7 @@ def table_of_settings(table, rng, resamples):
         if len(by_epochs) > 1:
             subsets.append(("+".join(map(str, by_epochs)), list(by_epochs)))
         for label, chosen in subsets:
+            rng = np.random.default_rng(seed)
             part = members[members["epochs"].isin(chosen)]
             strata = [by_epochs[epochs]["return"].dropna().to_numpy() for epochs in chosen]
             row = {**rest, "epochs": label, "runs": len(part), **summary_of(strata, rng, resamples)}
@@ -218,7 +222,7 @@ if __name__ == "__main__":
         key=lambda column: column.map(order_of) if column.name == "intervention" else column,
         ignore_index=True,
     )
-    settings = table_of_settings(each, np.random.default_rng(args.seed), args.resamples)
+    settings = table_of_settings(each, args.seed, args.resamples)
     text = "\n".join([markdown(settings), "", *(f"- {line}" for line in claims(each))])
     for name, write in (
         ("runs.csv", lambda path: each.to_csv(path, index=False, float_format="%.6g")),
