@@ -8,6 +8,7 @@ for can't be drawn from these runs, 2 for a wrong command line.
 """
 
 import itertools
+import math
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -74,29 +75,29 @@ class Panel:
     tag: str
     label: str
     smoothed: bool = True
-    log: bool = False
+    log_from: float = math.inf  # times the least that the largest value is where the axis is logarithmic
 
 
 ACTOR, CRITIC = "representation/{}/actor/{}", "representation/{}/critic/{}"
 FIGURE_1 = (
     Panel(RETURN, "return"),
     Panel(ACTOR.format("after", "pca_rank"), "PCA rank of the\npolicy's features"),
-    Panel(ACTOR.format("before", "preactivation_norm"), "norm of the policy's\npre-activations", log=True),
-    Panel(PLASTICITY["actor"], "plasticity loss\nof the policy (nats)", smoothed=False),
+    Panel(ACTOR.format("before", "preactivation_norm"), "norm of the policy's\npre-activations", log_from=1),
+    Panel(PLASTICITY["actor"], "plasticity loss\nof the policy (nats)", smoothed=False, log_from=1000),
     Panel(CRITIC.format("after", "pca_rank"), "PCA rank of the\ncritic's features"),
-    Panel(PLASTICITY["critic"], "plasticity loss of\nthe critic (value²)", smoothed=False),
+    Panel(PLASTICITY["critic"], "plasticity loss of\nthe critic (value²)", smoothed=False, log_from=1000),
 )
 FIGURE_2 = (
     Panel("losses/first_minibatch/entropy", "entropy of the\npolicy (nats)"),
-    Panel("representation/before/policy_variance", "variance of the\npolicy over states"),
+    Panel("representation/before/policy_variance", "variance of the\npolicy over states", log_from=1000),
     Panel(ACTOR.format("before", "dead_units"), "dead units\nof the policy"),
 )
 FIGURE_3 = (
     Panel(ACTOR.format("after", "pca_rank"), "PCA rank of the\npolicy's features"),
-    Panel(PLASTICITY["actor"], "plasticity loss\nof the policy (nats)", smoothed=False),
+    Panel(PLASTICITY["actor"], "plasticity loss\nof the policy (nats)", smoothed=False, log_from=1000),
     Panel(RETURN, "return"),
     Panel("trust_region/ratio_below_mean", "mean ratio\nbelow 1 − ε"),
-    Panel("representation/after/policy_variance", "variance of the\npolicy over states"),
+    Panel("representation/after/policy_variance", "variance of the\npolicy over states", log_from=1000),
     Panel("losses/last_minibatch/policy_loss", "clipped objective,\nlast minibatch"),
 )
 FIGURE_4 = {
@@ -112,6 +113,7 @@ FIGURE_6 = {
     "pca_rank": "PCA rank of the policy's features",
     "plasticity_loss": "plasticity loss of the policy (nats)",
 }
+FIGURE_6_LOG_FROM = {"preactivation_norm": 1, "excess_ratio": 100, "plasticity_loss": 1000}  # as Panel.log_from
 RANK_NAMES = ("effective", "PCA", "srank", "feature", "matrix")
 
 
@@ -204,6 +206,11 @@ def log_axis(axis):
     axis.set_minor_formatter(NullFormatter())
 
 
+def spans(values, factor):
+    """Whether ``values`` are all positive and the largest at least ``factor`` times the least."""
+    return bool(values.min() > 0 and values.max() >= factor * values.min())
+
+
 def whole_numbers(axis):
     """Widen an ``axis.xaxis`` or ``yaxis`` of counts that are all alike: 0 dead units lie at its end."""
     low, high = axis.get_view_interval()
@@ -252,7 +259,7 @@ def draw_curves(curves, panels, columns):
     if any(label in INTERVENTIONS for label in labels):  # each has its colour, whichever others there are
         labels = list(dict.fromkeys([*INTERVENTIONS, *labels]))
     for axis, panel in zip(axes.flat, panels, strict=True):
-        empty, fewer = True, set()
+        empty, fewer, shown = True, set(), []
         for (label, source), runs in curves.items():
             series = [curve_of(run, panel.tag) for run in runs]
             every = [run.every for run, one in zip(runs, series, strict=True) if len(one)]
@@ -261,6 +268,7 @@ def draw_curves(curves, panels, columns):
             if table.empty:
                 continue
             empty = False
+            shown.append(table["mean"])  # not the least: a run whose untrained policy is the target has a loss of 0
             fewer |= {len(series)} if len(series) < len(runs) else set()
             colour, dashes, mark = look(labels.index(label))
             style = {"color": colour, "linestyle": dashes, "linewidth": 1.4}
@@ -281,7 +289,7 @@ def draw_curves(curves, panels, columns):
         if empty:
             no_data(axis, panel.tag)
             axis.set_yticks([])
-        elif panel.log:
+        elif spans(pd.concat(shown), panel.log_from):
             axis.set_yscale("log")
             log_axis(axis.yaxis)
         if panel.tag.endswith("dead_units"):
@@ -370,6 +378,9 @@ def figure_3(drawn, runs, output, args):
             if when is not None:
                 axis.axvline(when, color=COLOURS[3], linestyle="--", linewidth=1.1, label="collapsed")
             axis.set_ylabel(panel.label)
+            if spans(series, panel.log_from):
+                axis.set_yscale("log")
+                log_axis(axis.yaxis)
             shown = smooth(series, run.every) if panel.smoothed else series
             table = pd.DataFrame({"logged": series, "drawn": shown}).rename_axis("step").reset_index()
             numbers.append(table.assign(tag=panel.tag))
@@ -489,8 +500,7 @@ def figure_6(drawn, runs, output, args):
                 if not infinite:
                     no_data(axis, name)
                 continue
-            spread = finite[name].max() / finite[name].min() if finite[name].min() > 0 else 1
-            if name == "preactivation_norm" or (name == "excess_ratio" and spread > 100):
+            if spans(finite[name], FIGURE_6_LOG_FROM.get(name, math.inf)):
                 axis.set_xscale("log")
             for y, (intervention, source) in enumerate(boxes):
                 box = finite[(finite["intervention"] == intervention) & (finite["source"] == source)]

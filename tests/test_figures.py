@@ -839,6 +839,19 @@ def test_boxes_say_what_they_lack(tmp_path, monkeypatch):
     assert said == [("", [])] * 3 + [("1 infinite, not drawn", ["here 2"]), ("", []), ("", ["here 2"])]
 
 
+@pytest.mark.parametrize("last, scale", [(0.5, "linear"), (1e7, "log")])
+def test_an_axis_is_logarithmic_where_values_span_decades(last, scale):
+    """Also where the loss of one run begins with 0: its untrained policy is the target."""
+    from benchmark.figures import FIGURE_1, draw_curves
+
+    runs = [make_run(curves_of(seed), seed=seed) for seed in (1, 2)]
+    losses = [run.scalars[PLASTICITY["actor"]] for run in runs]
+    losses[0].iloc[0], losses[1].iloc[-1] = 0, last
+    figure, _ = draw_curves({("10 epochs", "runs"): runs}, FIGURE_1, 3)
+    scales = [axis.get_yscale() for axis in figure.axes]
+    assert scales == ["linear", "linear", "log", scale, "linear", "linear"]
+
+
 def test_more_curves_than_colours_are_told_apart():
     from benchmark.figures import look
 
