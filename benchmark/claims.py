@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from benchmark.logs import DIAGNOSED, PLASTICITY, make_folder, order_of, print_left_out, read_runs, settings_table
-from benchmark.measures import collapse, final_values, last_of, settled
+from benchmark.measures import collapse, final_values, last_of, ratio_broken, settled
 from benchmark.table import interval, probability_of_improvement, resampled
 from common.run import check_range, fail, parse_args
 
@@ -27,6 +27,8 @@ MEASURES = {
     "step_of_max": ("step of the largest return, M", "difference"),
     "collapsed": ("share of runs that collapsed", "difference"),
     "halved": ("share of runs whose return fell below half for good", "difference"),
+    "halved_step": ("step at which it did, M (the end where it did not)", "difference"),
+    "broken_step": ("step at which the excess ratio passed 10, M (the end where it did not)", "difference"),
     "pca_rank": ("PCA rank", "difference"),
     "max_rank": ("largest PCA rank", "difference"),
     "rank_kept": ("PCA rank kept of the largest", "difference"),
@@ -72,6 +74,8 @@ def values_of(run):
         "step_of_max": score.idxmax() / 1e6,
         "collapsed": float(steps["collapsed"] is not None),
         "halved": float(steps["return_halved"] is not None),
+        "halved_step": (steps["return_halved"] or run.last_step) / 1e6,
+        "broken_step": (ratio_broken(run) or run.last_step) / 1e6,
         "max_rank": rank.max(),
         "rank_kept": end["pca_rank"] / rank.max(),
     }

@@ -35,6 +35,7 @@ def test_a_run_at_its_two_ends():
     assert start["preactivation_norm"] == 2 and end["preactivation_norm"] == 50
     assert start["plasticity_loss"] == 0.25 and end["plasticity_loss"] == 2
     assert end["collapsed"] == end["halved"] == 1 and 0 < end["kept"] < 0.02 and end["rank_kept"] < 0.1
+    assert 0.005 < end["halved_step"] < 0.006 and end["broken_step"] == 0.01
     assert 0 < end["step_of_max"] <= 0.005 and 1000 <= end["max_return"] <= 1005
     assert end.keys() >= MEASURES.keys() and start.keys() == set(WITHIN)
 
