@@ -26,6 +26,7 @@ from benchmark.logs import (
     RANKS,
     RETURN,
     SETTING,
+    file_name,
     make_folder,
     order_of,
     print_left_out,
@@ -182,10 +183,6 @@ def by_place(runs):
 def title_of(runs, *words):
     first = runs[0]
     return ", ".join([first.env_id, *([first.activation] if "_" in place(first) else []), *words])
-
-
-def file_name(text):
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in text)
 
 
 def steps_axis(axis, run):

@@ -399,13 +399,22 @@ _COLUMNS = ("run", *SETTING, "seed", "total_steps", "every")
 _ONCE = ("args", "probe")  # dicts, in the first row of each run
 
 
+def file_name(text):
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in text)
+
+
 def write_thinned(runs, folder, points):
-    """Write the runs' curves, at most ``points`` of each, to ``{env_id}.csv.gz``; returns the paths."""
+    """Write the runs' curves, at most ``points`` of each, to ``{env_id}_{activation}_{intervention}.csv.gz``; returns
+    the paths."""
+
+    def place_of(run):
+        return run.env_id, run.activation, run.intervention, run.source
+
     paths = []
-    for env_id, source in sorted({(run.env_id, run.source) for run in runs}):
+    for place in sorted({place_of(run) for run in runs}):
         tables = []
         for run in runs:
-            if (run.env_id, run.source) != (env_id, source):
+            if place_of(run) != place:
                 continue
             chosen = np.unique(np.linspace(0, len(run.grid) - 1, min(points, len(run.grid))).round().astype(int))
             kept = run.grid[chosen]
@@ -424,7 +433,7 @@ def write_thinned(runs, folder, points):
             tables.append(pd.concat(parts, ignore_index=True))
             for name, values in zip(_ONCE, (_other_args(run), run.probe), strict=True):
                 tables[-1].loc[0, name] = repr(values)
-        path = folder / f"{env_id}{'' if source == 'runs' else '_paper'}.csv.gz"
+        path = folder / f"{file_name('_'.join(place[:3]))}{'' if place[3] == 'runs' else '_paper'}.csv.gz"
         table = pd.concat(tables, ignore_index=True)
         # Without the time in it, the same curves make the same file.
         table.to_csv(path, index=False, float_format="%.5g", compression={"method": "gzip", "mtime": 0})

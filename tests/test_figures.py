@@ -886,7 +886,8 @@ def test_the_table(sweep):
 
 def test_thinned_files_serve_as_runs(sweep):
     out = command("logs", "--runs", sweep / "runs", "--output", sweep / "thin", "--points", "50")[0]
-    assert str(sweep / "thin" / "Hopper-v4.csv.gz") in out
+    for intervention in ("none", "PFO_last"):
+        assert str(sweep / "thin" / f"Hopper-v4_Tanh_{intervention}.csv.gz") in out
     out = command("figures", "--figure", "6", "--runs", sweep / "thin", "--output", sweep / "from_thin")[0]
     assert "10 runs read" in out and (sweep / "from_thin" / "figure6_Hopper-v4_Tanh.png").is_file()
 
