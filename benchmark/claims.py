@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from benchmark.logs import DIAGNOSED, PLASTICITY, make_folder, order_of, print_left_out, read_runs, settings_table
-from benchmark.measures import collapse, final_values, last_of, ratio_broken, settled
+from benchmark.measures import collapse, excess_ratio, final_values, last_of, ratio_broken, settled
 from benchmark.table import interval, probability_of_improvement, resampled
 from common.run import check_range, fail, parse_args
 
@@ -27,7 +27,7 @@ MEASURES = {
     "step_of_max": ("step of the largest return, M", "difference"),
     "collapsed": ("share of runs that collapsed", "difference"),
     "halved": ("share of runs whose return fell below half for good", "difference"),
-    "halved_step": ("step at which it did, M (the end where it did not)", "difference"),
+    "halved_step": ("step at which the return fell below half for good, M (the end where it did not)", "difference"),
     "broken_step": ("step at which the excess ratio passed 10, M (the end where it did not)", "difference"),
     "pca_rank": ("PCA rank", "difference"),
     "max_rank": ("largest PCA rank", "difference"),
@@ -81,8 +81,7 @@ def values_of(run):
     }
     early = 0.05 * run.total_steps
     start = {name: run.get(tag)[lambda x: x.index <= early].mean() for name, tag in tags.items()}
-    above, below = (run.get(f"trust_region/ratio_{side}_mean") for side in ("above", "below"))
-    start["excess_ratio"] = (above / below)[lambda x: x.index <= early].mean()
+    start["excess_ratio"] = excess_ratio(run)[lambda x: x.index <= early].mean()
     # Networks that are the targets, as those of a run with the targets' seed, have nothing to fit.
     start |= {
         name: x.iloc[0] if len(x) and x.index[0] == 0 and x.iloc[0] else math.nan for name, x in plasticity.items()

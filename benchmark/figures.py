@@ -375,7 +375,7 @@ def figure_3(drawn, runs, output, args):
             if when is not None:
                 axis.axvline(when, color=COLOURS[3], linestyle="--", linewidth=1.1, label="collapsed")
             axis.set_ylabel(panel.label)
-            if spans(series, panel.log_from):
+            if spans(series[series > 0], panel.log_from):
                 axis.set_yscale("log")
                 log_axis(axis.yaxis)
             shown = smooth(series, run.every) if panel.smoothed else series

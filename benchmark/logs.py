@@ -608,7 +608,7 @@ class Args:
     runs: tuple[str, ...] = ("runs",)
     """run folders, folders of runs, files of benchmark.logs, the paper's CSV logs, or quoted patterns of these"""
     output: Path = Path("curves")
-    """folder of the CSV files, one for each environment"""
+    """folder of the CSV files, one for each environment, activation and intervention"""
     points: int = 200
     """most points of each curve, evenly spaced, first and last included"""
 

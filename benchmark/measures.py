@@ -192,6 +192,13 @@ def ratio_broken(run):
     return int(beyond.idxmax()) if beyond.any() else None
 
 
+def rank_when_broken(run):
+    """The PCA rank's running median when the ratios left their bounds, over its maximum until then; None if neither."""
+    step, rank = ratio_broken(run), settled(run.get(DIAGNOSED).dropna(), run)
+    until = rank[rank.index <= step] if step is not None else rank[:0]
+    return float(until.iloc[-1] / until.max()) if len(until) else None
+
+
 def collapse(run):
     """When a run collapsed: the steps from which return and PCA rank are low for good, None if they are not.
 

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import stats
 
 from benchmark.logs import SETTING, make_folder, order_of, print_left_out, read_runs, settings_table
-from benchmark.measures import FINAL_MEASURES, collapse, final_values, ratio_broken, settled
+from benchmark.measures import FINAL_MEASURES, collapse, final_values, rank_when_broken, ratio_broken, settled
 from common.run import check_range, fail, parse_args
 
 KEY = ("source", "env_id", "activation", "schedule", "intervention")  # of a row, but for the epochs
@@ -63,7 +63,8 @@ def table_of_runs(runs):
         if steps["collapsed"] is not None:
             first = "rank" if rank < score else "return" if score < rank else "together"
         best = {"max_return": settled(run.carried_return().dropna(), run).max()}
-        rows.append({**head, **final_values(run), **best, **steps, "first": first, "hours": run.hours})
+        last = {"rank_when_broken": rank_when_broken(run), "first": first, "hours": run.hours}
+        rows.append({**head, **final_values(run), **best, **steps, **last})
     table = pd.DataFrame(rows)
     for name in ("collapsed", "return_halved", "rank_tenth", "rank_halved", "ratio_broken"):
         table[name] = table[name].astype("Int64")

@@ -31,7 +31,9 @@ def test_a_run_at_its_two_ends():
     norm = "representation/after/actor/preactivation_norm"
     curves[norm] = {step: 2.0 if step <= 500 else 50.0 for step in curves[norm]}
     curves[PLASTICITY["actor"]] = {0: 0.25, 5000: 7.0, 9500: 1.0, 9750: 2.0, 10_000: 3.0}
+    curves["trust_region/ratio_above_mean"][400] = np.inf  # bounded, at the start as at the end
     end, start = values_of(make_run(curves))
+    assert 1e12 < start["excess_ratio"] < 1e14
     assert start["preactivation_norm"] == 2 and end["preactivation_norm"] == 50
     assert start["plasticity_loss"] == 0.25 and end["plasticity_loss"] == 2
     assert end["collapsed"] == end["halved"] == 1 and 0 < end["kept"] < 0.02 and end["rank_kept"] < 0.1

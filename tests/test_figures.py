@@ -457,10 +457,12 @@ def test_collapse_is_where_both_fell_for_good():
 
 def test_where_the_ratios_leave_their_bounds():
     above = {step: 1e20 if step >= 6000 or step == 3000 else 1.3 for step in STEPS}  # a single time is none
-    run = make_run({ABOVE: above, BELOW: dict.fromkeys(STEPS, 0.7)}, total_steps=20_000)
-    assert measures.ratio_broken(run) == 6000
+    rank = {step: 40.0 if step <= 4000 else 20.0 if step <= 8000 else 1.0 for step in STEPS}
+    run = make_run({ABOVE: above, BELOW: dict.fromkeys(STEPS, 0.7), DIAGNOSED: rank}, total_steps=20_000)
+    assert measures.ratio_broken(run) == 6000 and measures.rank_when_broken(run) == 0.5
     assert measures.excess_ratio(run).max() == pytest.approx(1e13 / 0.7)
-    assert measures.ratio_broken(make_run({ABOVE: {100: 1.3}, BELOW: {100: 0.7}})) is None
+    held = make_run({ABOVE: {100: 1.3}, BELOW: {100: 0.7}})
+    assert measures.ratio_broken(held) is None and measures.rank_when_broken(held) is None
 
 
 def test_collapse_of_negative_returns():
