@@ -31,6 +31,7 @@ from common.feature_rank import dead_units, dormant_fraction, feature_ranks, fea
 from common.run import (
     Run,
     StopRequest,
+    check_precision,
     check_range,
     fail,
     find_checkpoint,
@@ -57,6 +58,8 @@ class Args:
     """use deterministic kernels alone; it is slower on CUDA, and on a CPU runs repeat bit for bit without it"""
     compile: bool = False
     """run policy, losses and gradients through torch.compile (on CUDA as CUDA graphs); it takes a minute to start"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of the hidden layers' arithmetic in rollout and update; weights, outputs, losses and diagnostics are float32"""
 
     # Logging
     track: bool = False
@@ -260,8 +263,10 @@ class Network(nn.Module):
             x = x.flatten(1) if isinstance(layer, nn.Linear) else x
             preactivations.append(layer(x))
             x = self.activation(preactivations[-1])
-        everything = torch.cat([layer.flatten(1) for layer in preactivations], dim=1) if all_layers else None
-        return NetworkOutput(self.output(x), x, preactivations[-1], everything)
+        everything = torch.cat([layer.flatten(1) for layer in preactivations], dim=1).float() if all_layers else None
+        x = x.float()
+        with torch.autocast(x.device.type, enabled=False):  # which ends with the hidden layers
+            return NetworkOutput(self.output(x), x, preactivations[-1].float(), everything)
 
 
 class Agent(nn.Module):
@@ -277,7 +282,8 @@ class Agent(nn.Module):
 
     def scale(self, obs):
         # Images are stored with their channels last, and so seen by the convolutions, which are faster so.
-        return obs.permute(0, 3, 1, 2) / 255  # (N, 84, 84, 4) uint8 to (N, 4, 84, 84) float32
+        x = obs.permute(0, 3, 1, 2)  # (N, 84, 84, 4) uint8 to (N, 4, 84, 84)
+        return (x.bfloat16() if torch.is_autocast_enabled(x.device.type) else x) / 255
 
     def policy(self, obs, all_layers=False):
         return self.actor(self.scale(obs), all_layers)
@@ -288,6 +294,11 @@ class Agent(nn.Module):
     def forward(self, obs, all_layers=False):
         x = self.scale(obs)
         return self.actor(x, all_layers), self.critic(x, all_layers)
+
+
+def hidden_precision(args, device):
+    """The context in which the hidden layers compute in ``--precision``; out of it, as in diagnostics, in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16")
 
 
 def sample(logits, noise):
@@ -409,7 +420,8 @@ def critic_loss(newvalue, mb, args):
 
 def losses(agent, mb, kl_coef, args):
     """The sum of both losses on a minibatch, and what is logged of them by name."""
-    policy, value = agent(mb["obs"])
+    with hidden_precision(args, mb["obs"].device):
+        policy, value = agent(mb["obs"])
     a_loss, a_logged = actor_loss(policy.output, mb, kl_coef, args)
     c_loss, c_logged = critic_loss(value.output.squeeze(1), mb, args)
     return a_loss + c_loss, {name: x.detach() for name, x in {**a_logged, **c_logged}.items()}
@@ -540,6 +552,7 @@ if __name__ == "__main__":
     check_args(args)
     quit_on_interrupt()
     device = pick_device(args.device)
+    check_precision(args.precision, device)
     keep_freed_memory()
     restored = {"num_actions": int, "kl_coef": float, "episodes": int, "recent_returns": list}
     checkpoint = find_checkpoint(args, os.path.basename(__file__), **restored)
@@ -623,7 +636,8 @@ if __name__ == "__main__":
         # Rollout
         rollout_start = time.time()
         noise = torch.empty((T, N, num_actions), device=device).exponential_()
-        transitions, games = rollout(envs, act, obs, noise, running, diagnosed)
+        with hidden_precision(args, device):
+            transitions, games = rollout(envs, act, obs, noise, running, diagnosed)
         for agent_steps, game_return, game_length in games:
             scalars_of_game = {"charts/episodic_return": game_return, "charts/episodic_length": game_length}
             run.log(scalars_of_game, previous_step + agent_steps * args.frame_skip)
@@ -635,16 +649,16 @@ if __name__ == "__main__":
 
         # Advantages, and everything flattened to (B, …)
         update_start = time.time()
-        with torch.no_grad():
+        with torch.no_grad(), hidden_precision(args, device):
             critic = agent.value(obs.flatten(0, 1), diagnosed)  # ((T + 1) * N, …): with the observation after it
             values = critic.output.view(T + 1, N)
             advantages, returns = gae(
                 transitions.rewards, values[:-1], values[1:], transitions.dones, args.gamma, args.gae_lambda
             )
-        before = {
-            "actor": transitions.policy.map(lambda x: x.flatten(0, 1)),
-            "critic": critic.map(lambda x: x[: T * N]),
-        }
+            actor = transitions.policy.map(lambda x: x.flatten(0, 1))
+            if args.precision == "bfloat16":  # in which a few environments may round otherwise than a minibatch
+                actor = agent.policy(obs[:-1].flatten(0, 1), diagnosed)
+        before = {"actor": actor, "critic": critic.map(lambda x: x[: T * N])}
         batch = {
             "obs": obs[:-1].flatten(0, 1),
             "actions": transitions.actions.flatten(),
@@ -661,6 +675,9 @@ if __name__ == "__main__":
                 optimizer.state.clear()
         if diagnosed:
             weights = {name: flat_weights(network) for name, network in agent.networks().items()}
+            if args.precision == "bfloat16":  # whose rounding would pass for directions of features
+                with torch.no_grad():
+                    before = dict(zip(("actor", "critic"), agent(batch["obs"], True), strict=True))
         order = torch.cat([torch.randperm(B, device=device) for _ in range(args.update_epochs)])
         order = order.split(args.minibatch_size)
         logged = []
@@ -720,7 +737,7 @@ if __name__ == "__main__":
             scalars["time/diagnostics"] = time.time() - diagnostics_start
             shown["rank"] = scalars["representation/after/actor/pca_rank"]
             shown["dead"] = scalars["representation/after/actor/dead_units"]
-        del critic, before, batch, transitions
+        del actor, critic, before, batch, transitions
 
         scalars["charts/learning_rate"] = learning_rate(iteration, args)
         scalars["charts/SPS"] = (iteration - done) * B / (time.time() - start_time)

@@ -134,6 +134,19 @@ def pick_device(name):
     return device
 
 
+def check_precision(precision, device):
+    """Say where the device computes ``bfloat16`` without instructions for it, which is slower than ``float32``."""
+    native = {"cpu": _cpu_has_bfloat16, "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False)}
+    if precision == "bfloat16" and not native.get(device.type, lambda: True)():
+        print("--precision bfloat16: this device has no instructions for it, and float32 would be faster", flush=True)
+
+
+def _cpu_has_bfloat16():
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def usable_cores():
     """Number of processor cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
