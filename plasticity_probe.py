@@ -146,7 +146,7 @@ def training_scripts():
     needed, found = {"Args", "check_args", "make_envs", "Agent", "rollout"}, []
     for path in sorted(ROOT.glob("*.py")):
         with contextlib.suppress(SyntaxError, ValueError):  # a copy that somebody is still writing is none
-            if needed <= {getattr(node, "name", None) for node in ast.parse(path.read_text()).body}:
+            if needed <= {getattr(node, "name", None) for node in ast.parse(path.read_text(encoding="utf-8")).body}:
                 found.append(path.name)
     return found
 

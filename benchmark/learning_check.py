@@ -163,5 +163,5 @@ if __name__ == "__main__":
         *rows,
         f"\nMean over seeds: ppo_atari.py {ours:.2f}, Stable-Baselines3 {theirs:.2f}, ratio {ours / theirs:.2f}.",
     ]
-    (args.output / f"{args.env_id}.md").write_text("\n".join(table) + "\n")
+    (args.output / f"{args.env_id}.md").write_text("\n".join(table) + "\n", encoding="utf-8")
     print("\n".join(table))

@@ -56,11 +56,11 @@ def readings(script, args):
     flags, steps = RUNS[script]
     command = [sys.executable, str(ROOT / script), *flags.split(), "--diagnostics-interval", str(args.interval)]
     found = {}
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+", errors="replace") as errors:
         command += ["--total-timesteps", str(args.iterations * steps)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
         ) as process:
             for line in process.stdout:
                 done, slash, _ = line.partition("/")
@@ -116,7 +116,7 @@ commit {git_revision()}.
 Resident memory as Linux counts it. Growth is the most that any reading after iteration 100 has above the one there; it
 must stay below {LIMIT} MB. Open files and threads must not change.
 """
-    Path(args.output).write_text(text)
+    Path(args.output).write_text(text, encoding="utf-8")
     print(f"\n{text}")
     if leaks:
         fail(f"{', '.join(leaks)}: leaks", code=1)

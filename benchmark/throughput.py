@@ -106,9 +106,8 @@ def measured(command, cores, folder):
     """The last line that ``command`` prints, run on ``cores`` in ``folder``; its standard error if it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores)), "MKL_NUM_THREADS": str(len(cores))}
     pin = (lambda: os.sched_setaffinity(0, cores)) if hasattr(os, "sched_setaffinity") else None
-    done = subprocess.run(
-        command, cwd=folder, env=environment, preexec_fn=pin, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+    streams = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "errors": "replace"}
+    done = subprocess.run(command, cwd=folder, env=environment, preexec_fn=pin, **streams)
     if done.returncode:
         fail(f"{' '.join(command)}: {done.stderr.strip() or 'failed without a word'}", code=1)
     return done.stdout.strip().splitlines()[-1]

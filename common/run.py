@@ -55,11 +55,19 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
+def _show_what_the_console_can():
+    """From here on, print a character that the console lacks as its escape, \\u2013: none is worth a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", "") in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def parse_args(args_class):
     """The command line as an instance of the dataclass ``args_class``; a wrong one costs one line and exit code 2.
 
     With ``--resume runs/RUN``, what the command line leaves out is as it was in that run.
     """
+    _show_what_the_console_can()
     args = _parse(args_class)
     _check_names(args)
     resume = getattr(args, "resume", "")

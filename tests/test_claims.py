@@ -1,5 +1,6 @@
 """The comparisons behind the paper's claims, on runs whose differences are known."""
 
+import os
 import subprocess
 import sys
 
@@ -93,3 +94,14 @@ def test_the_command(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: --steps 50"), done.stdout + done.stderr
     done = subprocess.run([*command, "--resamples", "1"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stderr.startswith("error: --resamples 1") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["claims", "table", "figures", "logs"])
+def test_a_console_without_dashes_does_not_matter(tmp_path, name):
+    for seed in (1, 2):
+        write_run(tmp_path / "runs", seed=seed, env_id="Hopper–v4")
+    command = [sys.executable, "-m", f"benchmark.{name}", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path)]
+    command += ["--figure", "1"] if name == "figures" else []
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0 and b"\\u2013" in done.stdout, done.stderr

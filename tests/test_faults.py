@@ -242,6 +242,13 @@ def test_a_console_that_is_gone_does_not_matter(tmp_path):
     check_logs("ppo_mujoco", tmp_path, 5)
 
 
+def test_a_console_with_few_characters_does_not_matter(tmp_path):
+    flags = [*small("ppo_mujoco", 3), "--exp-name", "café"]
+    code, said = run("ppo_mujoco", tmp_path, flags, "import sys\nsys.stdout.reconfigure(encoding='ascii')")
+    assert code == 0 and "__caf\\xe9__7__" in said, said
+    check_logs("ppo_mujoco", tmp_path, 3)
+
+
 BROKEN_FILM = """
 import imageio.v2 as imageio
 class Film:

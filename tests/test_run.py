@@ -387,3 +387,17 @@ def test_a_wrong_command_line_without_unicode():
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "--seed" in done.stderr and "---" not in done.stderr and "Argument helptext" not in done.stderr
+
+
+def test_a_console_with_few_characters_gets_their_escapes(tmp_path):
+    """Of a choice made for the stream, as PYTHONIOENCODING=ascii:replace, nothing is taken back."""
+    code = "import dataclasses; from common.run import parse_args\n"
+    code += "print(parse_args(dataclasses.make_dataclass('A', [('name', str, '')])).name)"
+    for encoding, shown in (("ascii", "caf\\xe9 \\u2013"), ("latin-1", "caf\xe9 \\u2013"), ("ascii:replace", "caf? ?")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "--name", "café –"],
+            cwd=Path(__file__).resolve().parent.parent,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            capture_output=True,
+        )
+        assert (done.returncode, done.stderr, done.stdout.decode("latin-1").rstrip()) == (0, b"", shown)
