@@ -352,6 +352,7 @@ class Plan:
     epochs: int
     settings: dict  # what the results depend on, as JSON has it
     bad: dict  # what is wrong with each of the paths that can't be probed
+    defaults: list  # flags that the run lacks, with the values that they have here
 
 
 def learnt_by(script, run_args):
@@ -429,7 +430,9 @@ def make_plan(run, args, device):
         if which.isdecimal() and int(which) not in steps:
             nearest = min(steps, key=lambda step: abs(step - int(which)))
             raise Refused(f"--checkpoints {which}: is no checkpoint of {run}; the nearest is {nearest}")
-    return Plan(run, paths, path, script, run_args, kind, num_envs, int(num_steps), epochs, settings, bad)
+    values = {name: x for name, x in dataclasses.asdict(run_args).items() if name not in checkpoint["args"]}
+    defaults = [f"--{name.replace('_', '-')} {x}" for name, x in values.items() if name not in MAY_DIFFER]
+    return Plan(run, paths, path, script, run_args, kind, num_envs, int(num_steps), epochs, settings, bad, defaults)
 
 
 def new_agent(script, kind, run_args, seed, device, weights=None):
@@ -619,6 +622,8 @@ def probe(plan, args, device):
     paths = [path for path in plan.paths if not steps or int(path.stem) in steps]
     finished = sum(all((int(path.stem), name) in rows for name in args.networks) for path in paths)
     print(f"{plan.run}: {len(paths)} checkpoints of {plan.script.__name__}.py, {finished} finished before", flush=True)
+    if plan.defaults:
+        print(f"  the run is from before these flags, and is probed with {', '.join(plan.defaults)}", flush=True)
 
     # Small networks lose more to the threads' meetings than they gain.
     torch.set_num_threads(1 if plan.kind is MuJoCo else NUM_THREADS)

@@ -42,6 +42,9 @@ MAY_DIFFER = {
     *("wandb_entity", "wandb_mode", "diagnostics_interval", "checkpoint_interval", "eval_episodes", "eval_interval"),
     "capture_video",
 }
+# Flags that every run has; what a checkpoint lacks of the others came after it, and their defaults are without effect.
+ALWAYS = {"env_id", "exp_name", "seed", "seeds", "total_timesteps"}
+_defaults = {}  # of the script's flags but for those, by name; parse_args finds them
 
 
 def one_line(text):
@@ -70,13 +73,16 @@ def parse_args(args_class):
     _show_what_the_console_can()
     args = _parse(args_class)
     _check_names(args)
+    fields = [field for field in dataclasses.fields(args_class) if field.init and field.name not in ALWAYS]
+    _defaults.clear()
+    _defaults.update({field.name: field.default for field in fields})
     resume = getattr(args, "resume", "")
     folders = [resume] if isinstance(resume, str) else list(resume)
     if folders in ([], [""], ["auto"]):
         return args
     was = [_newest_checkpoint(Path(folder)) for folder in folders]
     # A script that trains several seeds at once goes on with a run of each.
-    values = {**was[0]["args"], "seeds": tuple(one["args"].get("seed") for one in was), "resume": resume}
+    values = {**_defaults, **was[0]["args"], "seeds": tuple(one["args"].get("seed") for one in was), "resume": resume}
     kinds = {name: kind for name, kind in typing.get_type_hints(args_class).items() if hasattr(args, name)}
     for name, kind in kinds.items():
         if name not in values or not _fits(values[name], kind):
@@ -358,7 +364,8 @@ def find_checkpoints(runs, script, **types):
         if checkpoints[-1]["script"] != script:
             fail(f"--resume {folder}: was made by {checkpoints[-1]['script']}, not by {script}"[:300])
         if name := _contradiction(args, checkpoints[-1]):
-            flag, now, was = f"--{name.replace('_', '-')}", getattr(args, name), checkpoints[-1]["args"].get(name)
+            flag, now = f"--{name.replace('_', '-')}", getattr(args, name)
+            was = {**_defaults, **checkpoints[-1]["args"]}.get(name)
             why = "may grow, not shrink; " if name == "total_timesteps" else "contradicts the run that is resumed: "
             fail(f"{flag} {now}: {why}{folder} was started with {was}"[:300])
     newest = [checkpoint["iteration"] for checkpoint in checkpoints]
@@ -396,7 +403,7 @@ def find_checkpoints(runs, script, **types):
 
 def _contradiction(args, checkpoint):
     """The first field of ``args`` that keeps the run of ``checkpoint`` from going on with them, or None."""
-    was = checkpoint["args"]
+    was = {**_defaults, **checkpoint["args"]}
     for name, value in dataclasses.asdict(args).items():
         if name == "total_timesteps" and type(was.get(name)) is int:
             if value < was[name]:
@@ -547,6 +554,12 @@ class Run:
         self.say(f"{self.folder}")
         if checkpoint:
             self.say(f"resumed from {checkpoint['path'].name} at {start:,} steps; the environments begin new episodes")
+            for given, lacking, words in (
+                (self.args, checkpoint["args"], "the checkpoint is from before these flags, and the run goes on with"),
+                (checkpoint["args"], self.args, "the checkpoint has flags unknown here, and the run goes on without"),
+            ):
+                if flags := [f"--{name.replace('_', '-')} {x}" for name, x in given.items() if name not in lacking]:
+                    self.say(one_line(f"{words} {', '.join(flags)}"[:1000]))
             was, now = checkpoint["args"].get("total_timesteps"), self.args.get("total_timesteps")
             if was != now:
                 self.say(f"--total-timesteps grew from {was:,} to {now:,}: from here on, schedules and grids follow it")

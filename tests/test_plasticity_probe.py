@@ -379,6 +379,20 @@ def test_a_first_checkpoint_that_is_broken(run, capsys):
     assert "has no checkpoint that can be probed" in capsys.readouterr().err and not (folder / "none").exists()
 
 
+def test_a_run_from_before_a_flag_is_probed_with_its_default(run, capsys):
+    folder, whole = run(), run(name="whole")
+    for path in folder.glob("checkpoints/[0-9]*.pt"):
+        checkpoint = torch.load(path, weights_only=True)
+        for flag in ("layer_init", "eval_episodes"):
+            del checkpoint["args"][flag]
+        torch.save(checkpoint, path)
+    assert probe(folder, checkpoints=("last",))
+    default = ppo_mujoco.Args.layer_init
+    assert f"the run is from before these flags, and is probed with --layer-init {default}\n" in capsys.readouterr().out
+    assert probe(whole, checkpoints=("last",)) and table(whole) == table(folder)
+    assert "from before" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("changes", [{"seed": 8}, {"activation": "ReLU"}, {"update_epochs": 20}])
 def test_a_foreign_checkpoint_is_no_part_of_the_run(run, changes, capsys):
     """Not even as the first one, which would act for all: the run is what most checkpoints are of."""

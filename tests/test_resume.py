@@ -308,6 +308,36 @@ def test_arguments_that_contradict_are_refused_by_name(finished_once):
     assert {path: path.read_bytes() for path in folder.glob("runs/**/*") if path.is_file()} == before
 
 
+def test_checkpoints_of_other_revisions(finished_once, tmp_path):
+    """What an older one lacks has its default, unless that is contradicted; what a newer one has is named."""
+    name, folder = finished_once
+    copied(folder, tmp_path)
+    for path in tmp_path.glob("runs/*/checkpoints/*.pt"):
+        state = load(path)
+        args = {name: x for name, x in state["args"].items() if name not in ("layer_init", "eval_interval")}
+        torch.save({**state, "args": {**args, "new_coef": 0.5}}, path)
+    total, count = ["--total-timesteps", str(6 * STEPS[name])], len(runs_in(tmp_path))
+    code, said = run(name, tmp_path, [*resume(tmp_path), *total, "--layer-init", "orthogonal"])
+    default = importlib.import_module(name).Args.layer_init
+    assert code == 2 and "--layer-init orthogonal: contradicts" in said and f"with {default}\n" in said, said
+    code, said = run(name, tmp_path, [*resume(tmp_path), *total])
+    older = f"from before these flags, and the run goes on with --eval-interval 0.0, --layer-init {default}\n"
+    newer = "has flags unknown here, and the run goes on without --new-coef 0.5\n"
+    assert code == 0 and said.count(older) == said.count(newer) == count, said
+    check_logs(name, tmp_path, 6)
+    code, said = run(name, tmp_path, [*resume(tmp_path), "--total-timesteps", str(7 * STEPS[name])])
+    assert code == 0 and "these flags" not in said and "flags unknown" not in said, said
+
+
+def test_a_checkpoint_whose_arguments_are_no_runs_is_refused(finished_once, tmp_path):
+    name, folder = finished_once
+    copied(folder, tmp_path)
+    for path in tmp_path.glob("runs/*/checkpoints/*.pt"):
+        torch.save({**load(path), "args": {}}, path)
+    code, said = run(name, tmp_path, resume(tmp_path))
+    assert code == 2 and "with other flags than these: --" in said and said.count("\n") == 1, said
+
+
 def test_flags_that_may_differ(finished_once, tmp_path):
     name, folder = finished_once
     flags = ["--diagnostics-interval", "3", "--checkpoint-interval", "0.5", "--eval-episodes", "1"]
