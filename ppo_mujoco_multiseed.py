@@ -73,12 +73,13 @@ class Args:
     # Logging
     track: bool = False
     """log to Weights & Biases too"""
-    wandb_project_name: str = "no-representation-no-trust"
-    """the W&B project"""
+    wandb_project_name: str | None = None
+    """the W&B project; None is what WANDB_PROJECT in the environment says, else no-representation-no-trust"""
     wandb_entity: str | None = None
-    """the W&B team; None is your own account"""
-    wandb_mode: Literal["online", "offline"] = "online"
-    """offline writes a W&B run into the run's folder, to be uploaded with `wandb sync`"""
+    """the W&B team; None is what WANDB_ENTITY in the environment says, else your own account"""
+    wandb_mode: Literal["online", "offline"] | None = None
+    """offline writes a W&B run into the run's folder, to be uploaded with `wandb sync`; None is what WANDB_MODE in the
+    environment says, which may be disabled as well, else online"""
     diagnostics_interval: int = 0
     """iterations between diagnostics, besides the first and the last one; 0 is 0.1 % of the run (every 3rd in 5 M)"""
     eval_episodes: int = 0

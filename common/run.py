@@ -92,14 +92,18 @@ def parse_args(args_class):
 
 
 def _check_names(args):
+    variables = {"wandb_project_name": "WANDB_PROJECT", "wandb_entity": "WANDB_ENTITY", "wandb_mode": "WANDB_MODE"}
     for name, allowed, what in (
         ("exp_name", r"[\w.+-]{1,100}", "1 to 100 letters, digits and . _ + -, to be part of a folder's name"),
         ("wandb_project_name", r"[^/\\#?%:\x00-\x1f]{1,128}", "1 to 128 characters without / \\ # ? % :"),
         ("wandb_entity", r"[\w.-]{1,128}", "the name of a W&B team or account"),
+        ("wandb_mode", "online|offline|disabled|shared|dryrun|run", "online, offline or disabled"),
     ):
-        value = getattr(args, name, None)
+        value, source = getattr(args, name, None), f"--{name.replace('_', '-')}"
+        if value is None and getattr(args, "track", False):
+            value, source = os.environ.get(variables[name]) or None, variables[name]
         if value is not None and not re.fullmatch(allowed, value):
-            fail(f"--{name.replace('_', '-')} {value!r}: must be {what}")
+            fail(f"{source} {value!r}: must be {what}")
 
 
 def _parse(args_class, default=None):
@@ -478,6 +482,14 @@ def restore(checkpoint, agent, optimizers, device, **others):
         fail(f"{checkpoint['path']}: can't be resumed, {error}")
 
 
+def _may_be_written(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
 def quit_on_interrupt():
     """Let Ctrl-C end the process in one line, until ``StopRequest`` takes over: there is nothing to save yet."""
     signal.signal(signal.SIGINT, lambda *_: fail("interrupted before training began", code=130))
@@ -513,7 +525,8 @@ class Run:
     """The folder ``runs/{env_id}__{exp_name}__{seed}__{time}`` and everything that is written to it.
 
     ``args`` is the script's dataclass. Its fields env_id, exp_name, seed, track, wandb_project_name, wandb_entity and
-    wandb_mode are read here; all of them go into the hyperparameter table, W&B's config and every checkpoint.
+    wandb_mode are read here, and where one of the last three is None, W&B's own variable; all of them go into the
+    hyperparameter table, W&B's config and every checkpoint.
     ``total_steps`` is the run's length in environment steps, for the progress bar, which calls one a ``unit``;
     ``console`` is whether this run shows it, which of several runs in one process one does.
     With a ``checkpoint`` (of ``find_checkpoint``) its folder and W&B run go on, and what they have of later steps goes.
@@ -606,11 +619,18 @@ class Run:
         import wandb  # here because it takes a second, which only those who track should spend
 
         self.origin["wandb_id"] = self.origin["wandb_id"] or secrets.token_hex(4)
+        if os.environ.get("WANDB_MODE") == "":
+            del os.environ["WANDB_MODE"]  # W&B would refuse it
+        # W&B's process keeps a log in the user's cache, and without one writes all of it to the console.
+        home = os.environ.get("HOME") and os.path.join(os.environ["HOME"], ".cache")
+        cache = os.environ.get("WANDB_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or home
+        if sys.platform == "linux" and not (cache and _may_be_written(Path(cache, "wandb", "logs"))):
+            os.environ["WANDB_CACHE_DIR"] = str(self.folder.resolve() / "wandb")
         # A short wait: an unreachable server must not hold up training. Nor may it at the end of the run.
         options = {
-            "project": args.wandb_project_name,
+            "project": args.wandb_project_name or os.environ.get("WANDB_PROJECT") or "no-representation-no-trust",
             "entity": args.wandb_entity,
-            "name": self.name,
+            "name": os.environ.get("WANDB_NAME") or self.name,
             "id": self.origin["wandb_id"],
             "resume": "allow",
             "config": self.args,

@@ -233,6 +233,59 @@ def test_wandb_logs_no_step_twice(tmp_path):
     assert min(logged) > 4 * step and {5 * step, 6 * step} <= set(logged)
 
 
+INIT = """
+import wandb
+init = wandb.init
+def connect(**options):
+    settings = wandb.setup().settings
+    for name, variable in (("project", "project"), ("entity", "entity"), ("name", "run_name"), ("mode", "mode")):
+        print(name, options[name] or getattr(settings, variable), flush=True)
+    return init(**{**options, "mode": "disabled"})
+wandb.init = connect
+"""
+
+
+def test_the_variables_of_wandb_count_where_the_flags_are_not_given(tmp_path):
+    variables = {"WANDB_PROJECT": "theirs", "WANDB_ENTITY": "team", "WANDB_NAME": "my run", "WANDB_MODE": "offline"}
+    flags = [*small("ppo_mujoco", 1), "--track"]
+    code, said = run("ppo_mujoco", tmp_path, flags, INIT, **variables)
+    assert code == 0 and "project theirs\nentity team\nname my run\nmode offline\n" in said, said
+    given = ["--wandb-project-name", "ours", "--wandb-entity", "us", "--wandb-mode", "online"]
+    code, said = run("ppo_mujoco", tmp_path, [*flags, *given], INIT, **variables)
+    assert code == 0 and "project ours\nentity us\nname my run\nmode online\n" in said, said
+    code, said = run("ppo_mujoco", tmp_path, flags, INIT, WANDB_PROJECT="", WANDB_MODE="")
+    assert code == 0 and "project no-representation-no-trust\n" in said and "mode online\n" in said, said
+    assert "name Hopper-v4__ppo_mujoco__7__" in said, said
+
+
+@pytest.mark.parametrize("mode, files", [("offline", 1), ("disabled", 0)])
+def test_the_mode_of_the_environment(tmp_path, mode, files):
+    code, said = run("ppo_mujoco", tmp_path, [*small("ppo_mujoco", 3), "--track"], WANDB_MODE=mode)
+    (folder,) = runs_in(tmp_path)
+    assert code == 0 and "can't be reached" not in said and "W&B failed" not in said, said
+    assert len(list(folder.glob("wandb/offline-run-*/run-*.wandb"))) == files
+    check_logs("ppo_mujoco", tmp_path, 3)
+
+
+@pytest.mark.parametrize("variable, value", [("MODE", "off"), ("PROJECT", "a/b"), ("ENTITY", "two words")])
+def test_wrong_variables_of_wandb_cost_a_line(tmp_path, variable, value):
+    flags, variables = small("ppo_mujoco", 1), {f"WANDB_{variable}": value}
+    code, said = run("ppo_mujoco", tmp_path, [*flags, "--track"], **variables)
+    assert code == 2 and said.startswith(f"error: WANDB_{variable} '{value}': must be ") and said.count("\n") == 1
+    assert run("ppo_mujoco", tmp_path, flags, **variables)[0] == 0  # which doesn't ask for W&B
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep caches elsewhere")
+@pytest.mark.parametrize("home", [None, "/proc/nowhere"])
+def test_wandb_without_a_home_keeps_to_its_files(tmp_path, home):
+    code = "import os\nfor name in ('HOME', 'XDG_CACHE_HOME', 'WANDB_CACHE_DIR'):\n    os.environ.pop(name, None)\n"
+    code += f"os.environ['HOME'] = {home!r}\n" if home else ""
+    flags = [*small("ppo_mujoco", 1), "--track", "--wandb-mode", "offline"]
+    code, said = run("ppo_mujoco", tmp_path, flags, code, WANDB_SILENT="true")
+    assert code == 0 and " INFO " not in said and " ERROR " not in said, said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "runs"]
+
+
 @POSIX
 def test_a_console_that_is_gone_does_not_matter(tmp_path):
     """Output to a pipe that nobody reads any more, as with ``| head``."""
