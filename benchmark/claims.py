@@ -4,7 +4,8 @@
 
 Writes claims.md and claims.csv. An effect is a ratio (of what grows by orders of magnitude: geometric means) or a
 difference (of means), with the 95 % percentile bootstrap interval over seeds; with five seeds it is too narrow rather
-than too wide. Exit codes: 0, 1 if there is no finished run, 2 for a wrong command line.
+than too wide. Exit codes: 0, 1 if there is no finished run in which an
+episode ended, 2 for a wrong command line.
 """
 
 import math
@@ -14,7 +15,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmark.logs import DIAGNOSED, PLASTICITY, make_folder, order_of, print_left_out, read_runs, settings_table
+from benchmark.logs import (
+    DIAGNOSED,
+    PLASTICITY,
+    RETURN,
+    make_folder,
+    order_of,
+    print_left_out,
+    read_runs,
+    settings_table,
+)
 from benchmark.measures import collapse, excess_ratio, final_values, last_of, ratio_broken, settled
 from benchmark.table import interval, probability_of_improvement, resampled
 from common.run import check_range, fail, parse_args
@@ -227,10 +237,12 @@ if __name__ == "__main__":
             fail(f"--steps {args.steps}: must be at least {first}, where each run has been diagnosed once")
         runs = [until(run, args.steps) for run in runs]
     left_out += [(run.name, "in progress: the claims are of the end of training") for run in runs if not run.finished]
-    print_left_out(left_out, notes)
     finished = [run for run in runs if run.finished]
+    left_out += [(run.name, "no episode has ended in it") for run in finished if run.get(RETURN).empty]
+    print_left_out(left_out, notes)
+    finished = [run for run in finished if not run.get(RETURN).empty]
     if not finished:
-        fail(f"--runs {' '.join(args.runs)}: no finished run in it can be used", code=1)
+        fail(f"--runs {' '.join(args.runs)}: no finished run in it, with an episode that ended, can be used", code=1)
     make_folder(args.output)
     print("\n".join([f"{len(finished)} runs used:", *settings_table(finished), ""]))
     table = claims(finished, args.seed, args.resamples)

@@ -93,10 +93,14 @@ if __name__ == "__main__":
             low, high = bootstrap_interval(last_returns[-1], rng)
             mean, episodes = last_returns[-1].mean(), len(last_returns[-1])
             print(f"{run.name}: last {episodes} episodes return {mean:.0f}, 95 % interval {low:.0f} to {high:.0f}")
+        else:
+            print(f"{run.name}: no episode has ended in it")
     if len(last_returns) > 1:
         (low, high), mean = bootstrap_interval(last_returns, rng, 2_000), np.mean([x.mean() for x in last_returns])
         print(f"{len(last_returns)} runs: {mean:.0f}, 95 % interval {low:.0f} to {high:.0f} over runs and episodes")
     figure.suptitle(args.title or "__".join(args.runs[0].name.split("__")[:2]))
-    axes.flat[0].legend()
+    labelled = [axis for axis in axes.flat if axis.get_legend_handles_labels()[0]]
+    if labelled:
+        max(labelled, key=lambda axis: len(axis.get_legend_handles_labels()[0])).legend()
     figure.savefig(args.output, dpi=110)
     print(args.output)

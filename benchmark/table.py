@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from benchmark.logs import SETTING, make_folder, order_of, print_left_out, read_runs, settings_table
+from benchmark.logs import RETURN, SETTING, make_folder, order_of, print_left_out, read_runs, settings_table
 from benchmark.measures import FINAL_MEASURES, collapse, final_values, rank_when_broken, ratio_broken, settled
 from common.run import check_range, fail, parse_args
 
@@ -211,8 +211,10 @@ if __name__ == "__main__":
     check_range(args, "seed", low=0, high=2**31 - 1)
     runs, left_out, notes = read_runs(args.runs)
     left_out += [(run.name, "in progress: the table is of the end of training") for run in runs if not run.finished]
-    print_left_out(left_out, notes)
     finished = [run for run in runs if run.finished]
+    notes += [f"{run.name}: no episode has ended in it; its return counts nowhere, and it can't have collapsed"
+              for run in finished if run.get(RETURN).empty]  # fmt: skip
+    print_left_out(left_out, notes)
     if not finished:
         fail(f"--runs {' '.join(args.runs)}: no finished run in it can be used", code=1)
     make_folder(args.output)

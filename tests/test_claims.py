@@ -10,7 +10,7 @@ import pytest
 from test_figures import ROOT, curves_of, make_run, write_run
 
 from benchmark.claims import MEASURES, WITHIN, claims, effect, until, values_of
-from benchmark.logs import PLASTICITY
+from benchmark.logs import PLASTICITY, RETURN
 
 
 def test_effects():
@@ -94,6 +94,33 @@ def test_the_command(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: --steps 50"), done.stdout + done.stderr
     done = subprocess.run([*command, "--resamples", "1"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stderr.startswith("error: --resamples 1") and done.stderr.count("\n") == 1
+
+
+def test_a_run_in_which_no_episode_ended(tmp_path):
+    """It is left out of the claims by name, and the table and the curves say what they lack."""
+    for seed in (1, 2, 3):
+        curves = curves_of(seed)
+        curves["charts/episodic_return"] = curves[RETURN]
+        if seed == 3:
+            del curves[RETURN], curves["charts/episodic_return"]
+        without = write_run(tmp_path / "runs", curves, seed=seed)
+
+    def program(name, *flags):
+        command = [sys.executable, "-m", f"benchmark.{name}", *flags]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+    flags = ["--output", str(tmp_path), "--resamples", "100", "--runs"]
+    done = program("claims", *flags, str(tmp_path / "runs"))
+    assert done.returncode == 0 and f"no episode has ended in it: {without.name}\n" in done.stdout, done.stderr
+    assert "2 runs used" in done.stdout and (tmp_path / "claims.csv").is_file()
+    done = program("claims", *flags, str(without))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    done = program("table", *flags, str(tmp_path / "runs"))
+    assert done.returncode == 0 and f"note: {without.name}: no episode has ended in it" in done.stdout, done.stderr
+    for runs in ([without], sorted(tmp_path.glob("runs/*"))):
+        done = program("curves", *map(str, runs), "--output", str(tmp_path / "curves.png"))
+        assert done.returncode == 0 and f"{without.name}: no episode has ended in it\n" in done.stdout
+        assert done.stderr == ""
 
 
 @pytest.mark.parametrize("name", ["claims", "table", "figures", "logs"])
