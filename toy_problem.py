@@ -13,7 +13,7 @@ from typing import Literal
 import matplotlib
 import torch
 
-from common.run import check_range, fail, parse_args
+from common.run import check_output, check_range, fail, parse_args
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -67,8 +67,8 @@ def check_args(args):
     args.output = args.output or Path("toy_problem_sweep.png" if args.sweep else "toy_problem.png")
     if args.output.suffix not in (".png", ".pdf"):
         fail(f"--output {args.output}: must end in .png; the PDF is written beside it")
-    if not args.output.parent.is_dir():
-        fail(f"--output {args.output}: must be in a folder that exists")
+    for suffix in (".png", ".pdf"):
+        check_output(args.output.with_suffix(suffix))
 
 
 def initial_state(seed, args):

@@ -19,11 +19,13 @@ from benchmark.logs import (
     DIAGNOSED,
     PLASTICITY,
     RETURN,
+    check_folder,
     make_folder,
     order_of,
     print_left_out,
     read_runs,
     settings_table,
+    writing,
 )
 from benchmark.measures import collapse, excess_ratio, final_values, last_of, ratio_broken, settled
 from benchmark.table import interval, probability_of_improvement, resampled
@@ -230,6 +232,7 @@ if __name__ == "__main__":
     check_range(args, "resamples", low=100, high=1_000_000)
     check_range(args, "seed", low=0, high=2**31 - 1)
     check_range(args, "steps", low=0)
+    check_folder(args.output)
     runs, left_out, notes = read_runs(args.runs)
     if args.steps:
         first = max((int(run.grid[0]) for run in runs), default=0)
@@ -246,8 +249,10 @@ if __name__ == "__main__":
     make_folder(args.output)
     print("\n".join([f"{len(finished)} runs used:", *settings_table(finished), ""]))
     table = claims(finished, args.seed, args.resamples)
-    table.to_csv(args.output / "claims.csv", index=False, float_format="%.6g")
     text = markdown(table)
-    (args.output / "claims.md").write_text(text, encoding="utf-8")
+    with writing(args.output / "claims.csv") as path:
+        table.to_csv(path, index=False, float_format="%.6g")
+    with writing(args.output / "claims.md") as path:
+        path.write_text(text, encoding="utf-8")
     print(text)
     print("\n".join(str(args.output / name) for name in ("claims.md", "claims.csv")))

@@ -26,12 +26,14 @@ from benchmark.logs import (
     RANKS,
     RETURN,
     SETTING,
+    check_folder,
     file_name,
     make_folder,
     order_of,
     print_left_out,
     read_runs,
     settings_table,
+    writing,
 )
 from benchmark.measures import (
     AGREEMENTS,
@@ -141,7 +143,8 @@ class Drawn:
         rows += [(name, *[""] * len(SETTING), "", False, reason) for name, reason in refused]
         columns = ["run", *SETTING, "seed", "used", "reason"]
         path = output / f"figure{number}_runs.csv"
-        pd.DataFrame(rows, columns=columns).to_csv(path, index=False)
+        with writing(path):
+            pd.DataFrame(rows, columns=columns).to_csv(path, index=False)
         print(f"figure {number}: {len(used)} of {len(runs)} runs used, listed in {path}")
         for reason, count in Counter(reason for name, reason in self.left_out if name not in used).items():
             print(f"  left out, {reason}: {count} run{'s' if count > 1 else ''}")
@@ -151,13 +154,14 @@ class Drawn:
         """Write PNG, PDF and CSV, each under its own name only when it is whole."""
         for suffix in (".png", ".pdf", ".csv"):
             unfinished = path.with_name(f"{path.name}.tmp{suffix}")
-            if suffix == ".csv":
-                numbers.to_csv(unfinished, index=False, float_format="%.6g")
-            else:
-                # Without the date in it, the same runs make the same file.
-                figure.savefig(unfinished, metadata={"CreationDate": None} if suffix == ".pdf" else None)
-                figure.set_layout_engine("none")  # found once, which takes longer than the drawing
-            unfinished.replace(path.with_name(path.name + suffix))
+            with writing(path.with_name(path.name + suffix)) as finished:
+                if suffix == ".csv":
+                    numbers.to_csv(unfinished, index=False, float_format="%.6g")
+                else:
+                    # Without the date in it, the same runs make the same file.
+                    figure.savefig(unfinished, metadata={"CreationDate": None} if suffix == ".pdf" else None)
+                    figure.set_layout_engine("none")  # found once, which takes longer than the drawing
+                unfinished.replace(finished)
         plt.close(figure)
         self.paths.append(path.with_name(path.name + ".png"))
         self.used += runs
@@ -451,7 +455,8 @@ def figure_4(drawn, runs, output, args):
             drawn.save(figure, numbers[["run", "epochs", "window_start", "ratio_below", *FIGURE_4]], path, chosen)
             columns = ["measure", "points", "kendall_tau", "spearman_rho", "regressed_on", "slope", "intercept"]
             table = pd.DataFrame(statistics, columns=columns)
-            table.to_csv(path.with_name(f"{path.name}_statistics.csv"), index=False, float_format="%.6g")
+            with writing(path.with_name(f"{path.name}_statistics.csv")) as path:
+                table.to_csv(path, index=False, float_format="%.6g")
 
 
 def _edge(style, i):
@@ -609,6 +614,7 @@ class Args:
 if __name__ == "__main__":
     args = parse_args(Args)
     check_range(args, "window", low=0, high=10**9)
+    check_folder(args.output)
     if not args.figure:
         fail(f"--figure: must be given, as one or more of {', '.join(map(str, FIGURES))}")
     runs, left_out, notes = read_runs(args.runs)

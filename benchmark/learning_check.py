@@ -21,6 +21,7 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmark.curves import bootstrap_interval, moving_average
+from benchmark.logs import check_folder, make_folder
 from common.run import check_range, fail, parse_args
 
 matplotlib.use("Agg")
@@ -116,12 +117,13 @@ IMPLEMENTATIONS = {"ppo_atari.py": train_ours, "Stable-Baselines3": train_stable
 if __name__ == "__main__":
     args = parse_args(Args)
     check_range(args, "total_timesteps", low=4096)
+    check_folder(args.output)
     try:
         import cv2  # noqa: F401
         import stable_baselines3  # noqa: F401
     except ImportError as error:
         fail(f"{error.name} is not installed; pip install stable-baselines3==2.9.2 opencv-python-headless==5.0.0.93")
-    args.output.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output)
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     rows, means, rng = [], {}, np.random.default_rng(0)
     styles = zip(IMPLEMENTATIONS.items(), (("#0072B2", "-"), ("#D55E00", "--")), strict=True)

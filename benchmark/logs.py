@@ -7,9 +7,11 @@ logs of the paper's authors, whose keys `PAPER_KEYS` translates.
 """
 
 import ast
+import contextlib
 import glob
 import json
 import math
+import os
 import struct
 from collections import Counter
 from dataclasses import dataclass, field
@@ -265,7 +267,7 @@ def read_run(folder):
     suite = "Atari" if "frame_skip" in args else "MuJoCo"
     script = str(args.get("script", args.get("exp_name"))).removesuffix(".py")
     run = Run(
-        name=folder.name,
+        name=Path(os.path.abspath(folder)).name,  # also of a folder that is named "."
         source="runs",
         suite=suite,
         env_id=args["env_id"],
@@ -436,7 +438,8 @@ def write_thinned(runs, folder, points):
         path = folder / f"{file_name('_'.join(place[:3]))}{'' if place[3] == 'runs' else '_paper'}.csv.gz"
         table = pd.concat(tables, ignore_index=True)
         # Without the time in it, the same curves make the same file.
-        table.to_csv(path, index=False, float_format="%.5g", compression={"method": "gzip", "mtime": 0})
+        with writing(path):
+            table.to_csv(path, index=False, float_format="%.5g", compression={"method": "gzip", "mtime": 0})
         paths.append(path)
     return paths
 
@@ -595,12 +598,31 @@ def print_left_out(left_out, notes=()):
         print(f"note: {note}")
 
 
+def check_folder(path):
+    """Refuse a folder ``--output`` that can't be written or created, before there is anything to write."""
+    there = next(x for x in (path, *Path(os.path.abspath(path)).parents) if os.path.exists(x))
+    if not os.path.isdir(there):
+        fail(f"--output {path}: can't be a folder, since {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        fail(f"--output {path}: can't be written, without the right to write in {there}")
+
+
 def make_folder(path):
     """The folder ``--output``, created if it is not there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--output {path}: can't be created ({error.strerror})")
+    check_folder(path)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """What writes ``path`` into the folder ``--output`` stands in here; if it can't, that costs one line."""
+    try:
+        yield path
+    except OSError as error:
+        fail(f"--output {path.parent}: {path.name} can't be written in it ({error.strerror})")
 
 
 @dataclass
@@ -616,6 +638,7 @@ class Args:
 if __name__ == "__main__":
     args = parse_args(Args)
     check_range(args, "points", low=2)
+    check_folder(args.output)
     runs, left_out, notes = read_runs(args.runs)
     print_left_out(left_out, notes)
     if not runs:

@@ -11,8 +11,8 @@ from typing import Literal
 import matplotlib
 import tyro
 
-from benchmark.curves import COLOURS, STYLES
-from common.run import fail, parse_args
+from benchmark.curves import COLOURS, FORMATS, STYLES, label_of, save, title_of
+from common.run import check_output, fail, parse_args
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -35,7 +35,7 @@ class Args:
     title: str = ""
     """title of the figure; empty is the runs' common name"""
     output: Path = Path("plasticity.png")
-    """the PNG to write"""
+    """the file to write, a .png, .pdf or .svg"""
 
 
 def read_losses(run, args):
@@ -50,7 +50,9 @@ def read_losses(run, args):
                 values.append(float(row[args.loss]))
     except FileNotFoundError:
         fail(f"{run}: must be a run's folder that plasticity_probe.py has seen; there is no {path}")
-    except (KeyError, ValueError):
+    except OSError as error:
+        fail(f"{path}: can't be read ({error.strerror})")
+    except (KeyError, TypeError, ValueError, csv.Error):
         fail(f"{path}: is not as plasticity_probe.py wrote it")
     return losses
 
@@ -61,23 +63,22 @@ if __name__ == "__main__":
         fail("RUNS: name at least one run's folder, as runs/*")
     if args.labels and len(args.labels) != len(args.runs):
         fail(f"--labels: must be as many as runs, {len(args.runs)}, not {len(args.labels)}")
-    if not args.output.parent.is_dir():
-        fail(f"--output {args.output}: must be in a folder that exists")
+    check_output(args.output, *FORMATS)
     losses = [read_losses(run, args) for run in args.runs]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for axis, (network, label) in zip(axes, NETWORKS.items(), strict=True):
         for i, run in enumerate(args.runs):
             steps, values = losses[i][network]
-            seed = f"seed {run.name.split('__')[-2]}" if "__" in run.name else run.name
-            name = args.labels[i] if args.labels else seed
+            name = args.labels[i] if args.labels else label_of(run)
             style = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)], "marker": "osD^v"[i % 5]}
             axis.plot(steps, values, label=name, linewidth=1.3, markersize=3.5, **style)
         axis.set(xlabel="environment steps", ylabel=f"{args.loss.replace('_', ' ')} of the {label}", yscale="log")
+        above_0 = [x for of_run in losses for x in of_run[network][1] if x > 0]
         if any(0 in values for values in (of_run[network][1] for of_run in losses)):
-            axis.set_yscale("symlog", linthresh=min(x for of_run in losses for x in of_run[network][1] if x > 0))
+            axis.set_yscale("symlog", linthresh=min(above_0, default=1.0))
         axis.xaxis.set_major_formatter(EngFormatter())
         axis.grid(alpha=0.3)
     axes[0].legend()
-    figure.suptitle(args.title or "__".join(args.runs[0].name.split("__")[:2]))
-    figure.savefig(args.output, dpi=110)
+    figure.suptitle(args.title or title_of(args.runs))
+    save(figure, args.output)
     print(args.output)

@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.run import check_range, fail, git_revision, library_versions, parse_args
+from common.run import check_output, check_range, fail, git_revision, library_versions, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 ATARI = "--num-envs 2 --num-steps 8 --minibatch-size 16 --update-epochs 1"
@@ -78,6 +78,7 @@ if __name__ == "__main__":
     args = parse_args(Args)
     check_range(args, "iterations", low=200, high=10**7)
     check_range(args, "interval", low=1, high=100)
+    check_output(Path(args.output))
     if not Path("/proc/self/status").is_file():
         fail("benchmark.soak: reads /proc, which only Linux has")
     rows, leaks = [], []

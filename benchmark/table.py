@@ -14,7 +14,17 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from benchmark.logs import RETURN, SETTING, make_folder, order_of, print_left_out, read_runs, settings_table
+from benchmark.logs import (
+    RETURN,
+    SETTING,
+    check_folder,
+    make_folder,
+    order_of,
+    print_left_out,
+    read_runs,
+    settings_table,
+    writing,
+)
 from benchmark.measures import FINAL_MEASURES, collapse, final_values, rank_when_broken, ratio_broken, settled
 from common.run import check_range, fail, parse_args
 
@@ -209,6 +219,7 @@ if __name__ == "__main__":
     args = parse_args(Args)
     check_range(args, "resamples", low=100, high=1_000_000)
     check_range(args, "seed", low=0, high=2**31 - 1)
+    check_folder(args.output)
     runs, left_out, notes = read_runs(args.runs)
     left_out += [(run.name, "in progress: the table is of the end of training") for run in runs if not run.finished]
     finished = [run for run in runs if run.finished]
@@ -233,7 +244,8 @@ if __name__ == "__main__":
         ("table.md", lambda path: path.write_text(text + "\n", encoding="utf-8")),
     ):
         unfinished = args.output / f"{name}.tmp"
-        write(unfinished)
-        unfinished.replace(args.output / name)
+        with writing(args.output / name) as path:
+            write(unfinished)
+            unfinished.replace(path)
     print(f"\n{text}\n")
     print("\n".join(str(args.output / name) for name in ("table.md", "table.csv", "runs.csv")))

@@ -138,6 +138,22 @@ def check_range(args, names, low=-math.inf, high=math.inf, above=-math.inf, belo
             fail(f"--{name.replace('_', '-')} {value}: must be {allowed or 'finite'}")
 
 
+def check_output(path, *endings):
+    """Refuse a file ``--output`` that can't be written, or has none of the ``endings``, if some are given."""
+    if endings and path.suffix.lower() not in endings:
+        fail(f"--output {path}: must end in {' or '.join(endings)}")
+    try:
+        if not path.parent.is_dir():
+            fail(f"--output {path}: must be in a folder that exists")
+        new = not path.exists()
+        with open(path, "ab"):  # what is there stays
+            pass
+        if new:
+            path.unlink()
+    except OSError as error:
+        fail(f"--output {path}: can't be written ({error.strerror})")
+
+
 def pick_device(name):
     """The ``torch.device`` that ``--device`` names: ``auto`` takes CUDA, then MPS, then the CPU."""
     if name == "auto":

@@ -1,20 +1,24 @@
 """The benchmark programs run; what they measure is not judged here."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_figures import DIAGNOSED, RETURN, write_run
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--num-envs", "2", "--num-steps", "16", "--minibatch-size", "16"]
 
 
-def program(name, *flags):
-    command = [sys.executable, "-m", f"benchmark.{name}", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def program(name, *flags, code=0, folder=ROOT):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", f"benchmark.{name}", *map(str, flags)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    return done.stderr if code else done.stdout
 
 
 @pytest.mark.parametrize("env_id", ["Breakout-v5", "Hopper-v5"])
@@ -43,3 +47,61 @@ def test_curves(tmp_path):
     (run,) = tmp_path.glob("runs/*")
     program("curves", str(run), "--output", str(tmp_path / "curves.png"))
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One with runs/RUN, probed; file, which is one; and full.png, a folder."""
+    folder = tmp_path_factory.mktemp("outputs")
+    (folder / "runs").mkdir()
+    curves = {DIAGNOSED: {100: 1.0, 10_000: 2.0}, RETURN: {100: 1.0}, "charts/episodic_return": {100: 1.0, 200: 3.0}}
+    run = write_run(folder / "runs", curves, seed=7).rename(folder / "runs" / "RUN")
+    (run / "plasticity").mkdir()
+    table = "global_step,network,final_loss\n0,actor,0.0\n0,critic,0.0\n"
+    (run / "plasticity" / "plasticity.csv").write_text(table)
+    (folder / "file").write_text("")
+    (folder / "full.png").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("name", ["curves", "plasticity"])
+def test_runs_by_any_name_are_drawn(name, folder, tmp_path):
+    for run, path in (("renamed", "../renamed"), ("re__named", "."), ("Hopper-v4__ppo_mujoco__7__1", ".")):
+        shutil.copytree(folder / "runs" / "RUN", tmp_path / run)
+        out = program(name, path, "--output", tmp_path / f"{run}.PNG", folder=tmp_path / run)
+        assert name == "plasticity" or out.startswith(f"{run}: last 2 episodes"), out
+        assert (tmp_path / f"{run}.PNG").read_bytes().startswith(b"\x89PNG")
+
+
+OUTPUTS = {
+    **dict.fromkeys(("curves", "plasticity"), ("x.nope", "x", "nowhere/x.png", "file/x.png", "full.png")),
+    **dict.fromkeys(("claims", "table", "logs", "figures", "learning_check"), ("file", "file/x")),
+    "soak": ("nowhere/x.md", "full.png"),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_that_cant_be_written_costs_a_line_before_any_work(name, folder):
+    """Before the runs are looked at: here there are none."""
+    flags = {"curves": ["nothing"], "plasticity": ["nothing"], "figures": ["--figure", "1", "--runs", "nothing"]}
+    flags |= {key: ["--runs", "nothing"] for key in ("claims", "table", "logs")}
+    before = sorted(folder.rglob("*"))
+    for output in OUTPUTS[name]:
+        said = program(name, *flags.get(name, []), "--output", output, code=2, folder=folder)
+        assert said.startswith(f"error: --output {output}: ") and said.count("\n") == 1, said
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["claims", "table", "figures"])
+def test_a_file_in_the_way_costs_a_line(name, folder, tmp_path):
+    file = {"figures": "figure1_runs.csv"}.get(name, f"{name}.md")
+    (tmp_path / file).mkdir()
+    flags = ["--figure", "1"] if name == "figures" else ["--resamples", "100"]
+    said = program(name, "--runs", folder / "runs", "--output", tmp_path, *flags, code=2)
+    assert f"error: --output {tmp_path}: {file} can't be written in it (Is a directory)\n" in said
+    assert said.count("\n") == 1, said
+
+
+def test_curves_of_no_run_cost_a_line_before_any_work(folder):
+    said = program("curves", "runs/RUN", "file", "--output", "x.png", code=2, folder=folder)
+    assert said.startswith("error: file: must be a run's folder") and said.count("\n") == 1, said
