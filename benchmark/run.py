@@ -252,7 +252,15 @@ def start_ray(args):
             fail(f"--address {args.address}: no Ray cluster answers there ({reason[:150]})")
     else:
         options |= {"include_dashboard": False, "object_store_memory": 80 * 2**20, "_node_ip_address": "127.0.0.1"}
-        ray.init(address="local", num_cpus=args.num_cpus or usable_cores(), **options)
+        folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))  # Ray's own order
+        # Its sockets' paths, {folder}/ray/session_{time}_{process}/sockets/plasma_store, may have 107 bytes on Linux.
+        if sys.platform == "linux" and len(os.fsencode(folder)) > 107 - 68:
+            options["_temp_dir"] = "/tmp/ray"
+        try:
+            ray.init(address="local", num_cpus=args.num_cpus or usable_cores(), **options)
+        except OSError as error:
+            reason = " ".join(str(error).split())
+            fail(f"Ray can't start ({reason[:300]}); RAY_TMPDIR may name a folder, of a short path, for its files")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = {"CPU": args.cpus_per_run, "GPU": args.gpus_per_run}
     if not any(all(node.get(name, 0) >= number for name, number in wanted.items()) for node in nodes):

@@ -518,3 +518,22 @@ def test_runs_of_a_lost_machine_move_to_another(tmp_path):
     assert sorted(map(len, tries)) == [1, 1, 1, 2]
     (moved,) = (x for x in tries if len(x) == 2)
     assert "--resume" not in moved[0] and "--resume runs/" in moved[1]
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_long_path_of_temporary_files(tmp_path, monkeypatch, variable):
+    """Beyond what a socket's path may have."""
+    long = tmp_path / ("x" * 105)
+    long.mkdir()
+    monkeypatch.setitem(ENVIRONMENT, variable, str(long))
+    options = ["--commands", "python ppo_mujoco.py", "--seeds", "1", "--num-cpus", "1"]
+    done = benchmark(tmp_path, *options, total=100)
+    (run,) = tmp_path.glob("runs/*")
+    check_whole(run, 100)
+    assert done.stderr == ""
+
+
+def test_temporary_files_that_cant_be_written_cost_a_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "RAY_TMPDIR", "/proc/nowhere")
+    said = benchmark(tmp_path, "--commands", "python ppo_mujoco.py", "--seeds", "1", "--num-cpus", "1", code=2).stderr
+    assert said.startswith("error: Ray can't start") and "RAY_TMPDIR" in said and said.count("\n") == 1, said
