@@ -3,6 +3,7 @@
 Nothing here knows an algorithm. A script from which every call of this module is deleted still learns.
 """
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -52,9 +53,28 @@ def one_line(text):
     return "".join(filter(str.isprintable, " ".join(text.split())))
 
 
+def _print(line, file=None):
+    """Print a line to standard output or ``file``; a console that is gone, or a full disk, is nowhere to say so."""
+    try:
+        print(line, file=file, flush=True)
+    except BrokenPipeError:
+        _let_go(BrokenPipeError)
+    except OSError:  # a disk may have room again
+        pass
+
+
+def _let_go(kind=OSError):
+    """Let what can't be printed, for an error of this kind, go nowhere: a flush at exit would change the exit code."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except kind:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def fail(message, code=2):
     """Print one line and leave: exit code 2 for what the user can mend, 1 for a run that can't go on."""
-    print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
+    _print(f"error: {one_line(message)}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -62,7 +82,8 @@ def _show_what_the_console_can():
     """From here on, print a character that the console lacks as its escape, \\u2013: none is worth a run."""
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", "") in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # it is gone, or has become a pipe
+                stream.reconfigure(errors="backslashreplace")
 
 
 def parse_args(args_class):
@@ -71,6 +92,7 @@ def parse_args(args_class):
     With ``--resume runs/RUN``, what the command line leaves out is as it was in that run.
     """
     _show_what_the_console_can()
+    atexit.register(_let_go)
     args = _parse(args_class)
     _check_names(args)
     fields = [field for field in dataclasses.fields(args_class) if field.init and field.name not in ALWAYS]
@@ -172,7 +194,7 @@ def check_precision(precision, device):
     """Say where the device computes ``bfloat16`` without instructions for it, which is slower than ``float32``."""
     native = {"cpu": _cpu_has_bfloat16, "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False)}
     if precision == "bfloat16" and not native.get(device.type, lambda: True)():
-        print("--precision bfloat16: this device has no instructions for it, and float32 would be faster", flush=True)
+        _print("--precision bfloat16: this device has no instructions for it, and float32 would be faster")
 
 
 def _cpu_has_bfloat16():
@@ -310,7 +332,7 @@ def _whole(path, step):
 
 @functools.cache
 def _say_once(line):
-    print(one_line(line), file=sys.stderr, flush=True)
+    _print(one_line(line), file=sys.stderr)
 
 
 def _newest_checkpoint(folder):
@@ -371,7 +393,7 @@ def find_checkpoints(runs, script, **types):
     folders = [_newest_run(args, script, types, len(runs) == 1) if auto else Path(args.resume) for args in runs]
     nothing = "--resume auto: runs/ has no unfinished run of these arguments; a new one starts"
     if None in folders:
-        print(nothing, flush=True)
+        _print(nothing)
         return [None] * len(runs)
     candidates, checkpoints = [_checkpoints(folder, types) for folder in folders], []
     for args, folder, older in zip(runs, folders, candidates, strict=True):
@@ -404,20 +426,20 @@ def find_checkpoints(runs, script, **types):
         )
     for folder, iteration in zip(folders, newest, strict=True):
         if iteration > least:
-            print(f"{folder}: goes back from iteration {iteration} to {least}, the last of all seeds", flush=True)
+            _print(f"{folder}: goes back from iteration {iteration} to {least}, the last of all seeds")
     for args, checkpoint in zip(runs, checkpoints, strict=True):
         step, iteration = checkpoint["global_step"], checkpoint["iteration"]
         if step != iteration * args.batch_size * getattr(args, "frame_skip", 1):
             fail(f"{checkpoint['path']}: can't be resumed, step {step} is not the end of iteration {iteration}")
     if least >= runs[0].num_iterations:
         if auto:
-            print(nothing, flush=True)
+            _print(nothing)
             return [None] * len(runs)
         names = " ".join(map(str, folders))
-        print(f"{names}: finished, nothing is left to do (a larger --total-timesteps goes on)", flush=True)
+        _print(f"{names}: finished, nothing is left to do (a larger --total-timesteps goes on)")
         raise SystemExit(0)
     if auto:
-        print(f"--resume auto: goes on with {' '.join(map(str, folders))}", flush=True)
+        _print(f"--resume auto: goes on with {' '.join(map(str, folders))}")
     return checkpoints
 
 
@@ -720,11 +742,11 @@ class Run:
 
     def say(self, message, file=None):
         """Print a line without breaking the progress bar; ``file`` is standard output where there is none."""
-        with contextlib.suppress(OSError):  # the console is gone, or a file on a full disk: nowhere to say so
-            if self.bar is not None:
+        if self.bar is not None:
+            with contextlib.suppress(OSError):  # the terminal is gone
                 self.bar.write(message, file=sys.stderr)
-            else:
-                print(message, file=file, flush=True)
+        else:
+            _print(message, file)
 
     def say_once(self, message):
         """Print a line the first time it comes."""
