@@ -41,6 +41,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+sys.path.append(str(Path(__file__).resolve().parent))  # which python -P leaves out
 from common.checkpoint import BadCheckpoint, load_checkpoint
 from common.feature_rank import RANKS, SIGMAS, dead_units, dormant_fraction, feature_ranks, feature_stats, mean_norm
 from common.run import MAY_DIFFER, check_range, fail, git_revision, library_versions, parse_args, pick_device

@@ -6,6 +6,7 @@
 #   python toy_problem.py --sweep
 # two features of which y copies one, and Adam
 #   python toy_problem.py --alpha 3 --features 2 --copied 1 --optimizer adam --lr 0.05
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from typing import Literal
 import matplotlib
 import torch
 
+sys.path.append(str(Path(__file__).resolve().parent))  # which python -P leaves out
 from common.run import check_output, check_range, fail, parse_args
 
 matplotlib.use("Agg")

@@ -2,10 +2,12 @@
 
 import dataclasses
 import importlib
+import os
+import subprocess
 import sys
 
 import pytest
-from forked import SCRIPTS
+from forked import ROOT, SCRIPTS
 
 COUNT = ["0", "-1", "1.5", "x", "1" + "0" * 400]
 SIZE = ["-1", "1.5", "x", "1" + "0" * 400]
@@ -170,3 +172,12 @@ def test_every_flag_takes_its_default(name, monkeypatch):
         args = script.parse_args(script.Args)
         script.check_args(args)
         assert getattr(args, flag) == value
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_python_that_leaves_the_scripts_folder_out(name, tmp_path):
+    """As ``python -P`` and PYTHONSAFEPATH do."""
+    environment = {key: x for key, x in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-P", str(ROOT / f"{name}.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
