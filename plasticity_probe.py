@@ -178,7 +178,7 @@ def script_and_args(checkpoint):
     for name, value in checkpoint["args"].items():
         if name not in kinds:
             raise BadCheckpoint(f"has an argument that {script.__name__}.py doesn't know: {str(name)[:100]!r}")
-        if not may_be(value, kinds[name]):
+        if name != "resume" and not may_be(value, kinds[name]):  # a name or several, where a script takes several
             raise BadCheckpoint(f"has an argument with a value that it can't have: {name}")
         values[name] = value
     values = {field.name: values[field.name] for field in dataclasses.fields(script.Args)

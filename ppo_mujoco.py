@@ -11,11 +11,12 @@
 #   python ppo_mujoco.py --env-id Hopper-v4 --update-epochs 20 --reset-optimizer
 #   python ppo_mujoco.py --env-id Hopper-v4 --update-epochs 20 --adam-beta2 0.9
 #   python ppo_mujoco.py --env-id Hopper-v4 --update-epochs 20 --share-features
+# many seeds as one batch, each a run of its own
+#   python ppo_mujoco.py --env-id Hopper-v4 --update-epochs 20 --seeds 25 7 64 27 4
 import contextlib
 import copy
 import ctypes
 import difflib
-import functools
 import itertools
 import math
 import os
@@ -23,7 +24,6 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -39,16 +39,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from envpool.mujoco.gym.registration import gym_mujoco_envs
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map
 
+from common.batch import Batch, Optimizers
 from common.feature_rank import dead_units, dormant_fraction, feature_ranks, feature_stats, mean_norm, policy_variance
+from common.replay import Replay
 from common.run import (
     Run,
     StopRequest,
     check_range,
     check_shapes,
     fail,
-    find_checkpoint,
+    find_checkpoints,
     keep_freed_memory,
     milestones,
     parse_args,
@@ -67,12 +69,17 @@ class Args:
     """name of this experiment, part of the run's name"""
     seed: int = 1
     """seed of everything random: networks, actions, minibatches, environments"""
+    seeds: tuple[int, ...] = ()
+    """train these seeds as one batch, each as a run of its own, in a fraction of the time of separate runs"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto takes CUDA, then MPS, then the CPU"""
     torch_deterministic: bool = False
     """use deterministic kernels alone; it is slower on CUDA, and on a CPU runs repeat bit for bit without it"""
     compile: bool = False
     """run policy, losses and gradients through torch.compile (on CUDA as CUDA graphs); it takes a minute to start"""
+    record: bool = True
+    """on a CPU, record the operations of acting and of a gradient, and replay them without Python; each recording is
+    checked against the plain code, which runs alone with --no-record"""
     torch_threads: int = 0
     """threads of PyTorch on a CPU; 0 is one for networks that are too small to share, else PyTorch's own number"""
 
@@ -98,9 +105,10 @@ class Args:
     # Checkpoints
     checkpoint_interval: float = 0.005
     """share of the run after which checkpoints/latest.pt is written anew; every 2.5 % it is kept under its own name"""
-    resume: str = ""
-    """go on with the run in this folder (flags left out are as they were), or auto: the newest unfinished run in runs/
-    of the same arguments, else a new one; environments begin new episodes, and --total-timesteps may grow"""
+    resume: tuple[str, ...] = ()
+    """go on with the run in this folder, or with those of --seeds, a folder for each (flags left out are as they were),
+    or auto: the newest unfinished run in runs/ of the same arguments, else a new one; environments begin new episodes,
+    and --total-timesteps may grow"""
 
     # Environment
     env_id: str = "Hopper-v4"
@@ -211,6 +219,14 @@ def check_args(args):
     check_range(args, "num_envs", high=1024)
     check_range(args, "total_timesteps", low=1, high=10**12)
     check_range(args, "seed", low=0, high=2**31 - 1)
+    if not all(0 <= seed < 2**31 for seed in args.seeds) or len({*args.seeds}) < len(args.seeds):
+        seeds = " ".join(map(str, args.seeds))
+        fail(f"--seeds {seeds}: must be different numbers, each at least 0 and at most {2**31 - 1}")
+    args.seeds = args.seeds or (args.seed,)
+    if args.seed not in (Args.seed, *args.seeds):
+        fail(f"--seed {args.seed}: must not go with --seeds; they are all the seeds there are")
+    if args.resume and args.resume != ("auto",) and len(args.resume) != len(args.seeds):
+        fail(f"--resume {' '.join(args.resume)}: must be auto, or a run's folder for each of {len(args.seeds)} seeds")
     check_range(args, "obs_norm_steps", low=2, high=10**7)
     check_range(args, "torch_threads", low=0, high=1024)
     check_range(args, "diagnostics_interval", low=0, high=10**9)
@@ -244,6 +260,14 @@ def check_args(args):
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if args.compile and not shutil.which(compiler):
         fail(f"--compile: torch.compile needs a C++ compiler, and {compiler} is not there; CXX may name another one")
+
+
+def of_one_seed(args, s):
+    """The arguments of the run that has seed number ``s``."""
+    resume = (args.resume * len(args.seeds))[s : s + 1]  # auto stands once for all of them
+    one = copy.copy(args)
+    one.seed, one.seeds, one.resume = args.seeds[s], (), resume
+    return one
 
 
 def make_envs(args, num_envs, seeds, **kwargs):
@@ -411,42 +435,14 @@ def sample(output, noise):
     return squash(torch.addcmul(loc, scale, noise))
 
 
-# The activations that NumPy has
-IN_NUMPY = {"Tanh": np.tanh, "ReLU": functools.partial(np.maximum, np.float32(0))}
+def act(agent, obs, noise):
+    """Actions (N, A) of the agent's policy for observations (N, D + 1)."""
+    return sample(agent.policy(obs).output, noise)
 
 
-def acts_in_numpy(layers, args):
-    """Whether ``numpy_act`` is the faster way to act: the network is so small that calls take the time of an action."""
-    return (
-        args.activation in IN_NUMPY and args.num_envs * max(w[..., 0].numel() * w.shape[-1] for w, _ in layers) < 2**17
-    )
-
-
-def numpy_act(layers, activation):
-    """``sample`` of the policy made of ``layers`` as a function of observations and noise, the same but for rounding.
-
-    Most of an action's time goes into PyTorch's overhead for each operation; NumPy has a fraction of it. layers:
-    weights (…, out, in) and biases (…, out) on a CPU, which are read where they are and may go on learning; (…) are the
-    seeds of a batch, or nothing. activation: one of ``IN_NUMPY``.
-    """
-    weights = [weight.detach().numpy().swapaxes(-1, -2) for weight, _ in layers]
-    biases = [bias.detach().numpy()[..., None, :] for _, bias in layers]
-    seeds, action_dim = biases[0].shape[:-2], biases[-1].shape[-1] // 2
-    raw_of_1, smallest, end = map(np.float32, (math.log(math.expm1(0.99)), 0.01, 1 - 1e-6))
-
-    @np.errstate(all="ignore")  # what is not finite ends the run with a message of its own
-    def act(obs, noise):
-        x = obs.numpy().reshape(*seeds, -1, obs.shape[-1])
-        for weight, bias in zip(weights, biases, strict=True):
-            x = x @ weight
-            x += bias
-            if bias is not biases[-1]:
-                activation(x, out=x)
-        loc, raw = x.reshape(-1, 2, action_dim).swapaxes(0, 1)
-        scale = np.logaddexp(raw + raw_of_1, np.float32(0)) + smallest
-        return torch.from_numpy(np.minimum(np.maximum(np.tanh(loc + scale * noise.numpy()), -end), end))
-
-    return act
+def by_seed(x, num_seeds):
+    """What the rollout made in all environments, (num_steps, S * num_envs, …), as (S, num_steps * num_envs, …)."""
+    return x.unflatten(1, (num_seeds, -1)).transpose(0, 1).flatten(1, 2)
 
 
 class Rollout(NamedTuple):
@@ -536,33 +532,33 @@ def actor_loss(output, held, mb, half_width, kl_coef, args, everything=True):
     ratio = logratio.exp()
     mb_advantages = mb["advantages"]
     if args.norm_adv:
-        mb_advantages = mb_advantages - mb_advantages.mean(-1, keepdim=True)
-        mb_advantages = mb_advantages / mb_advantages.std(-1, correction=0, keepdim=True).clamp(min=1e-6)
+        mb_advantages = mb_advantages - mb_advantages.mean()
+        mb_advantages = mb_advantages / mb_advantages.std(correction=0).clamp(min=1e-6)
 
     pg_loss = -mb_advantages * ratio
     if args.clip_objective:
         pg_loss = torch.max(pg_loss, -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef))
 
-    logged = {"clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(-1)}
+    logged = {"clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean()}
     if everything:
-        logged |= {"old_approx_kl": -logratio.mean(-1), "approx_kl": (ratio - 1 - logratio).mean(-1)}
+        logged |= {"old_approx_kl": -logratio.mean(), "approx_kl": (ratio - 1 - logratio).mean()}
 
     # PFO (section 5): the features may not move far from where they were during the rollout.
     if args.pfo_coef or everything:
         distance, out_of_trust = feature_distance(held, mb["actor_held"], args.pfo_distance, args.pfo_limit)
-        logged |= {"pfo_actor": distance.mean(-1), "pfo_out_of_trust": out_of_trust.float().mean(-1)}
+        logged |= {"pfo_actor": distance.mean(), "pfo_out_of_trust": out_of_trust.float().mean()}
     if args.pfo_coef and args.pfo_mode == "clip":
         pg_loss = torch.where(out_of_trust, pg_loss.detach(), pg_loss)
-    loss = logged["policy_loss"] = pg_loss.mean(-1)
+    loss = logged["policy_loss"] = pg_loss.mean()
     if args.pfo_coef and args.pfo_mode == "regularize":
         loss = loss + args.pfo_coef * logged["pfo_actor"]
 
     if args.ent_coef or everything:
-        logged["entropy"] = entropy_estimate(loc, scale, mb["noise"], half_width).mean(-1)
+        logged["entropy"] = entropy_estimate(loc, scale, mb["noise"], half_width).mean()
     if args.ent_coef:
         loss = loss - args.ent_coef * logged["entropy"]
     if args.kl_coef or everything:
-        logged["kl"] = normal_kl(mb["loc"], mb["scale"], loc, scale).mean(-1)
+        logged["kl"] = normal_kl(mb["loc"], mb["scale"], loc, scale).mean()
     if args.kl_coef:
         loss = loss + kl_coef * logged["kl"]
     return loss, logged
@@ -583,10 +579,10 @@ def critic_loss(newvalue, held, mb, args, everything=True):
     if args.critic_pfo_coef or everything:
         limits = args.critic_pfo_distance, args.critic_pfo_limit
         distance, out_of_trust = feature_distance(held, mb["critic_held"], *limits)
-        logged["pfo_critic"] = distance.mean(-1)
+        logged["pfo_critic"] = distance.mean()
     if args.critic_pfo_coef and args.critic_pfo_mode == "clip":
         v_loss = torch.where(out_of_trust, v_loss.detach(), v_loss)
-    logged["value_loss"] = 0.5 * v_loss.mean(-1)
+    logged["value_loss"] = 0.5 * v_loss.mean()
     loss = args.vf_coef * logged["value_loss"]
     if args.critic_pfo_coef and args.critic_pfo_mode == "regularize":
         loss = loss + args.critic_pfo_coef * logged["pfo_critic"]
@@ -603,67 +599,62 @@ def losses(agent, mb, kl_coef, args, everything=True):
     return a_loss + c_loss, {name: x.detach() for name, x in {**a_logged, **c_logged}.items()}
 
 
-def gradients(agent, losses, mb, kl_coef, args, everything=True):
-    """Gradients of the losses on a minibatch, clipped, in the order of the parameters; and what is logged, by name."""
-    parts = [list(part.parameters()) for part in agent.parts()]
-    loss, logged = losses(agent, mb, kl_coef, args, everything)
-    grads = torch.autograd.grad(loss, [p for part in parts for p in part])
-    clipped, norms = [], []
-    for part in parts:
-        of_part = grads[len(clipped) : len(clipped) + len(part)]
-        norms.append(nn.utils.get_total_norm(of_part))
-        clipped += torch._foreach_mul(of_part, (args.max_grad_norm / (norms[-1] + 1e-6)).clamp(max=1))
-    logged |= {"actor_grad_norm": norms[0], "critic_grad_norm": norms[-1]}
-    # Copied, since a CUDA graph writes its next results over these.
-    return clipped, dict(zip(logged, torch.stack(list(logged.values())).unbind(), strict=True))
+def clipped(agent, grads, args):
+    """One agent's gradients, those of each part scaled down to ``--max-grad-norm``, and the norms before that."""
+    scaled, norms = [], []
+    for part in agent.parts():
+        of_part = grads[len(scaled) : len(scaled) + len(list(part.parameters()))]
+        norms.append(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in of_part])))
+        scale = (args.max_grad_norm / (norms[-1] + 1e-6)).clamp(max=1)
+        scaled += [grad * scale for grad in of_part]
+    return scaled, {"actor_grad_norm": norms[0], "critic_grad_norm": norms[-1]}
 
 
-def recorded(function):
-    """``function`` of tensors as a program of PyTorch's operations, made at the first call for the shapes of that call.
+def gradients(agents, losses, mb, kl_coef, args):
+    """Clipped gradients of each seed's losses on its minibatch, in a row for each, and what is logged, by name.
 
-    Most of the time of so small a network goes into Python and autograd's bookkeeping. The program does without: it has
-    the operations one after the other, those of a backward pass too. It reads the agent's weights where they are.
-    Numbers that are no tensors are what they were at the first call: what is to change comes in as a tensor.
+    agents: a Batch of S. losses(mb, kl_coef): those of each, of tensors (S, …).
     """
-    program = None
-
-    @torch.no_grad()
-    def call(*tensors):
-        nonlocal program
-        if program is None:
-            with torch.enable_grad():
-                graph = make_fx(function)(*tensors)
-            for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
-                node.replace_all_uses_with(node.args[0])  # nothing here has a gradient any more
-            graph.graph.eliminate_dead_code()
-            graph.recompile()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)
-                program = torch.jit.trace(graph, tensors, check_trace=False)
-        return program(*tensors)
-
-    return call
+    loss, logged = losses(mb, kl_coef)
+    grads, norms = agents.each(lambda agent, grads: clipped(agent, grads, args))(agents.gradients(loss))
+    logged |= norms
+    # Copied, since a CUDA graph writes its next results over these.
+    return agents.flat(grads), dict(zip(logged, torch.stack(list(logged.values())).unbind(), strict=True))
 
 
-def recorded_gradients(differentiate):
-    """``differentiate(mb, kl_coef, everything)`` as two ``recorded`` programs, which know tensors alone."""
-    names, programs = {}, {}
+class Differentiate:
+    """``gradients`` as two recordings, which know tensors alone: with everything that is logged, and with less."""
 
-    def record(everything, columns):
+    def __init__(self, agents, gradients, *of_replay):
+        self.agents, self.gradients, self.of_replay, self.names, self.replays = agents, gradients, of_replay, {}, {}
+
+    def __call__(self, mb, kl_coef, everything, checked, trial):
+        """The gradients and what is logged; ``checked`` and ``trial`` are for the replay."""
+        self.agents.adopt()
+        if everything not in self.replays:
+            self.replays[everything] = Replay(self._flat(everything, list(mb)), "a gradient", *self.of_replay)
+        replay = self.replays[everything]
+        replay.off |= any(other.off for other in self.replays.values())
+        if checked or trial:
+            grad, logged = replay.checked(kl_coef, *mb.values(), trial=trial)
+        else:
+            grad, logged = replay(kl_coef, *mb.values())
+        return grad, dict(zip(self.names[everything], logged.unbind(), strict=True))
+
+    def _flat(self, everything, columns):
         def flat(kl_coef, *tensors):
-            grads, logged = differentiate(dict(zip(columns, tensors, strict=True)), kl_coef, everything)
-            names[everything] = list(logged)
-            return (*grads, torch.stack(list(logged.values())))
+            grad, logged = self.gradients(dict(zip(columns, tensors, strict=True)), kl_coef, everything)
+            self.names[everything] = list(logged)
+            return grad, torch.stack(list(logged.values()))
 
-        return recorded(flat)
+        return flat
 
-    def call(mb, kl_coef, everything):
-        if everything not in programs:
-            programs[everything] = record(everything, list(mb))
-        *grads, logged = programs[everything](kl_coef, *mb.values())
-        return grads, dict(zip(names[everything], logged.unbind(), strict=True))
-
-    return call
+    def agrees(self, mb, kl_coef):
+        """Whether the recordings still give what the plain code gives."""
+        self.agents.adopt()
+        return any(replay.off for replay in self.replays.values()) or all(
+            replay.agrees(kl_coef, *mb.values()) for replay in self.replays.values()
+        )
 
 
 def make_optimizers(agent, args):
@@ -672,40 +663,24 @@ def make_optimizers(agent, args):
     return tuple(torch.optim.Adam(part.parameters(), **adam) for part in agent.parts())
 
 
-def step_optimizers(optimizers, params, grads):
-    """What ``step()`` of these Adams, equal but for their ``params``, does to them, without the bookkeeping of it.
+def shuffled(batch, minibatch_size, generators, learning):
+    """One epoch: minibatches of the tensors (S, B, …) in ``batch`` in random order, each with noise for the entropy.
 
-    params: those of each optimizer that take a step; grads: theirs, one after the other. One call serves all, since the
-    calls take longer than the steps.
+    The seeds that are not in ``learning`` draw no random numbers, as a separate run that has stopped early.
     """
-    states = [optimizer.state[p] for optimizer, own in zip(optimizers, params, strict=True) for p in own]
-    params = [p for own in params for p in own]
-    for p, state in zip(params, states, strict=True):
-        if not state:
-            state["step"] = torch.zeros((), device=p.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-    exp_avgs, exp_avg_sqs, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-    (group,) = optimizers[0].param_groups
-    settings = {name: group[name] for name in ("lr", "eps", "weight_decay", "amsgrad", "maximize")}
-    beta1, beta2 = group["betas"]
-    with torch.no_grad():
-        torch._foreach_add_(steps, 1)
-        torch._fused_adam_(params, grads, exp_avgs, exp_avg_sqs, [], steps, beta1=beta1, beta2=beta2, **settings)
-
-
-def update(differentiate, optimizers, mb, kl_coef, everything=True):
-    """One gradient step on a minibatch; returns what is logged by name, without waiting for the device."""
-    grads, logged = differentiate(mb, kl_coef, everything)
-    step_optimizers(optimizers, [optimizer.param_groups[0]["params"] for optimizer in optimizers], grads)
-    return logged
-
-
-def shuffled(batch, minibatch_size):
-    """One epoch: minibatches of the tensors in ``batch`` in random order, each with noise to estimate the entropy."""
     z = batch["z"]
-    order = torch.randperm(len(z), device=z.device)
-    parts = {name: x.index_select(0, order).split(minibatch_size) for name, x in batch.items()}
-    parts["noise"] = torch.randn_like(z).split(minibatch_size)
+    num_seeds, batch_size = z.shape[:2]
+    order = torch.arange(num_seeds * batch_size, device=z.device).view(num_seeds, batch_size)
+    noise = torch.zeros_like(z)
+    for s in learning:
+        order[s] = s * batch_size + torch.randperm(batch_size, generator=generators[s], device=z.device)
+        noise[s] = torch.randn(z.shape[1:], generator=generators[s], device=z.device)
+    order = order.flatten()
+    parts = {
+        name: x.flatten(0, 1).index_select(0, order).view_as(x).split(minibatch_size, dim=1)
+        for name, x in batch.items()
+    }
+    parts["noise"] = noise.split(minibatch_size, dim=1)
     for mb in zip(*parts.values(), strict=True):
         yield dict(zip(parts, mb, strict=True))
 
@@ -743,6 +718,11 @@ def adapted_kl_coef(kl_coef, kl, args):
     """
     factor = 2 if kl > 1.5 * args.kl_target else 0.5 if kl < args.kl_target / 1.5 else 1
     return min(max(kl_coef * factor, 1e-6), 1e6)
+
+
+def clone(x):
+    """A copy of a tensor, without what lies beside it in a batch; anything else as it is."""
+    return x.clone() if isinstance(x, Tensor) else x
 
 
 def flat_weights(network):
@@ -846,258 +826,342 @@ if __name__ == "__main__":
     device = pick_device(args.device)
     keep_freed_memory()
     set_threads(args)
+    T, S, N, B = args.num_steps, len(args.seeds), args.num_envs, args.batch_size
+    args_of_seeds = [of_one_seed(args, s) for s in range(S)]
     restored = {"kl_coef": float, "normalizer": dict, "episodes": int, "recent_returns": list}
-    checkpoint = find_checkpoint(args, os.path.basename(__file__), **restored)
+    checkpoints_of_seeds = find_checkpoints(args_of_seeds, os.path.basename(__file__), **restored)
     film = args.capture_video and can_render(args.env_id)
 
     # Seeding
-    torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
-    if checkpoint:
-        rng.bit_generator.state = checkpoint["random_states"]["numpy"]  # so the environments get seeds of their own
     if args.torch_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not args.torch_deterministic
 
-    # Environments
-    seeds = rng.integers(2**31, size=args.num_envs).tolist()
-    envs = make_envs(args, args.num_envs, seeds)
-    action_low, action_high = envs.action_space.low, envs.action_space.high
-    obs_dim, action_dim = envs.observation_space.shape[0], len(action_low)
-    if checkpoint:
-        normalizer = Normalizer(np.zeros(obs_dim), np.zeros(obs_dim), 0)  # to be restored
-    else:
-        norm_seeds = rng.integers(2**31, size=args.num_envs).tolist()
-        normalizer = random_statistics(args, norm_seeds, rng)
+    # Environments and networks of each seed, with the random numbers that its run alone would draw
+    env_seeds, normalizers, agents, optimizers, generators, states_of_start, rngs = [], [], [], [], [], [], []
+    for seed, checkpoint in zip(args.seeds, checkpoints_of_seeds, strict=True):
+        torch.manual_seed(seed)
+        rng = np.random.default_rng(seed)
+        if checkpoint:
+            rng.bit_generator.state = checkpoint["random_states"]["numpy"]  # so the environments get seeds of their own
+        env_seeds += rng.integers(2**31, size=N).tolist()
+        spaces = envpool.make_spec(args.env_id)
+        action_low, action_high = spaces.action_space.low, spaces.action_space.high
+        obs_dim, action_dim = spaces.observation_space.shape[0], len(action_low)
+        if checkpoint:
+            check_shapes(checkpoint, Agent, obs_dim, action_low, action_high, args)
+            normalizers.append(Normalizer(np.zeros(obs_dim), np.zeros(obs_dim), 0))  # to be restored
+        else:
+            norm_seeds = rng.integers(2**31, size=N).tolist()
+            normalizers.append(random_statistics(args, norm_seeds, rng))
+        agents.append(Agent(obs_dim, action_low, action_high, args).to(device))
+        optimizers.append(make_optimizers(agents[-1], args))
+        if checkpoint:
+            restore(checkpoint, agents[-1], optimizers[-1], device, normalizer=normalizers[-1].state_dict())
+            normalizers[-1] = Normalizer.load(checkpoint["normalizer"])
+        states_of_start.append(random_states(device))
+        generators.append(torch.Generator(device))
+        generators[-1].set_state(states_of_start[-1][device.type])
+        rngs.append(rng)
+    envs = make_envs(args, S * N, env_seeds)
+    # Row by row of the environments, the statistics of the seed that they belong to
+    mean, std = (np.repeat([getattr(x, name) for x in normalizers], N, axis=0) for name in ("mean", "std"))
+    normalizer = Normalizer(mean, std, normalizers[0].time_limit)
+    together = Batch(agents)
+    step = Optimizers(together, optimizers).step
+    kl_coef = torch.full((S,), args.kl_coef, device=device)
+    for s, checkpoint in enumerate(checkpoints_of_seeds):
+        if checkpoint:
+            kl_coef[s] = checkpoint["kl_coef"]
 
-    # Networks
-    if checkpoint:
-        check_shapes(checkpoint, Agent, obs_dim, action_low, action_high, args)
-    agent = Agent(obs_dim, action_low, action_high, args).to(device)
-    optimizers = make_optimizers(agent, args)
-    kl_coef = torch.tensor(args.kl_coef, device=device)
-    if checkpoint:
-        restore(checkpoint, agent, optimizers, device, normalizer=normalizer.state_dict())
-        normalizer = Normalizer.load(checkpoint["normalizer"])
-        kl_coef.fill_(checkpoint["kl_coef"])
-
-    def act(obs, noise):
-        return sample(agent.policy(obs).output, noise)
-
-    def differentiate(mb, kl_coef, everything):
-        return gradients(agent, losses, mb, kl_coef, args, everything)
-
-    if device.type == "cpu" and not args.compile:
-        layers = [(layer.weight, layer.bias) for layer in (*agent.actor.hidden, agent.actor.output)]
-        fast = acts_in_numpy(layers, args)
-        act = numpy_act(layers, IN_NUMPY[args.activation]) if fast else recorded(act)
-        differentiate = recorded_gradients(differentiate)
-    else:
-        losses = compiled(losses, device) if args.compile else losses
-        act = torch.no_grad()(compiled(act, device) if args.compile else act)
-
-    # The run's folder: from here on, something is written
-    run = Run(args, args.num_iterations * args.batch_size, checkpoint, unit="step")
+    # The runs' folders: from here on, something is written
+    runs = [
+        Run(args_of_seeds[s], args.num_iterations * B, checkpoints_of_seeds[s], unit="step", console=s == 0)
+        for s in range(S)
+    ]
+    say = runs[0].say
+    together.say = say
     if args.capture_video and not film:
-        run.say("--capture-video: MuJoCo can't render here, for want of EGL; training goes on without videos")
+        say("--capture-video: MuJoCo can't render here, for want of EGL; training goes on without videos")
 
-    def state(iteration):
+    @torch.no_grad()
+    def act_of_all(obs, noise):
+        return (together.each(act)(obs.unflatten(0, (S, N)), noise.unflatten(0, (S, N))).flatten(0, 1),)
+
+    losses_of_all = {
+        everything: together.each(lambda agent, mb, kl_coef, e=everything: losses(agent, mb, kl_coef, args, e))
+        for everything in (True, False)
+    }
+    if args.compile:
+        act_of_all = compiled(act_of_all, device)
+        losses_of_all = {everything: compiled(x, device) for everything, x in losses_of_all.items()}
+
+    def gradients_of_all(mb, kl_coef, everything):
+        return gradients(together, losses_of_all[everything], mb, kl_coef, args)
+
+    of_replay = (vars(args), together.state, say, device.type != "cpu" or args.compile or not args.record)
+    acting = Replay(act_of_all, "acting", *of_replay, in_numpy=True)
+
+    def choose(obs, noise):
+        return (acting.checked(obs, noise, trial=True) if trial else acting(obs, noise))[0]
+
+    differentiate = Differentiate(together, gradients_of_all, *of_replay)
+
+    def state(s, iteration):
         return {
             "script": os.path.basename(__file__),
-            "agent": agent.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "kl_coef": kl_coef.item(),
-            "normalizer": normalizer.state_dict(),
+            "agent": {name: x.clone() for name, x in agents[s].state_dict().items()},
+            "optimizers": tree_map(clone, [optimizer.state_dict() for optimizer in optimizers[s]]),
+            "kl_coef": kl_coef[s].item(),
+            "normalizer": normalizers[s].state_dict(),
             "obs_dim": obs_dim,
             "action_low": torch.from_numpy(action_low),
             "action_high": torch.from_numpy(action_high),
             "iteration": iteration,
-            "global_step": iteration * args.batch_size,
-            "episodes": episodes,
-            "recent_returns": list(map(float, recent_returns)),
-            "random_states": {**random_states(device), "numpy": rng.bit_generator.state},
+            "global_step": iteration * B,
+            "episodes": episodes[s],
+            "recent_returns": list(map(float, recent_returns[s])),
+            "random_states": {
+                **states_of_start[s],
+                device.type: generators[s].get_state(),
+                "numpy": rngs[s].bit_generator.state,
+            },
         }
 
-    def stop(why):
-        holds = "holds" if run.save_checkpoint(previous_step, good) else "lacks"
-        run.close(exit_code=1)
-        fail(f"{why} in iteration {iteration}; {run.folder} {holds} the state before it", code=1)
+    def stop(s, why):
+        """End the run of one seed; its environments go on with its last good policy, and nobody learns from them."""
+        holds = "holds" if runs[s].save_checkpoint(previous_step, good[s]) else "lacks"
+        agents[s].load_state_dict(good[s]["agent"])
+        training.remove(s)
+        runs[s].close(exit_code=1, keep_bar=bool(training))
+        line = f"{why} in iteration {iteration}; {runs[s].folder} {holds} the state before it"
+        say(f"error: {line}", file=sys.stderr)
+        if not training:
+            raise SystemExit(1)
 
     interrupted = StopRequest()
     start_time = time.time()
-    T, N, B = args.num_steps, args.num_envs, args.batch_size
     diagnostics_interval = args.diagnostics_interval or math.ceil(args.num_iterations / 1000)
     snapshots = milestones(args.num_iterations, 0.025) | {0}
     checkpoints = milestones(args.num_iterations, args.checkpoint_interval) | snapshots
     evaluations = milestones(args.num_iterations, args.eval_interval or 1) if args.eval_episodes else set()
-    running, episodes, recent_returns = np.zeros((2, N)), 0, deque(maxlen=100)
-    obs = torch.empty((T + 1, N, obs_dim + 1), device=device)
+    running, episodes, recent_returns = np.zeros((2, S * N)), [0] * S, [deque(maxlen=100) for _ in range(S)]
+    obs = torch.empty((T + 1, S * N, obs_dim + 1), device=device)
     obs[0] = normalizer(envs.reset()[0], running[1])
-    shown = {}
+    shown = [{} for _ in range(S)]
+    training = set(range(S))
     done = 0  # iterations before this process
-    if checkpoint:
-        done, episodes = checkpoint["iteration"], checkpoint["episodes"]
-        recent_returns.extend(checkpoint["recent_returns"])
-    else:
-        run.save_checkpoint(0, state(0))
+    for s, checkpoint in enumerate(checkpoints_of_seeds):
+        if checkpoint:
+            done, episodes[s] = checkpoint["iteration"], checkpoint["episodes"]
+            recent_returns[s].extend(checkpoint["recent_returns"])
+        else:
+            runs[s].save_checkpoint(0, state(s, 0))
 
     for iteration in range(done + 1, args.num_iterations + 1):
         diagnosed = (iteration - 1) % diagnostics_interval == 0 or iteration == args.num_iterations
-        previous_step, global_step = (iteration - 1) * args.batch_size, iteration * args.batch_size
-        scalars = {}
-        good = copy.deepcopy(state(iteration - 1))
+        previous_step, global_step = (iteration - 1) * B, iteration * B
+        scalars = [{} for _ in range(S)]
+        good = [state(s, iteration - 1) for s in range(S)]
 
         # Rollout
         rollout_start = time.time()
-        noise = torch.randn((T, N, action_dim), device=device)
-        transitions, ended = rollout(envs, act, normalizer, obs, noise, running)
+        noise = [torch.randn((T, N, action_dim), generator=generator, device=device) for generator in generators]
+        noise = torch.cat(noise, dim=1)
+        trial = iteration == done + 1  # recordings are used once they have done this iteration as the plain code does
+        together.adopt()
+        acting.checked(obs[0], noise[0], trial=False)
+        transitions, ended = rollout(envs, choose, normalizer, obs, noise, running)
         made = {"action": transitions.actions, "observation": obs[1:], "reward": transitions.rewards}
-        broken = {name: (~x.isfinite()).nonzero() for name, x in made.items() if not x.isfinite().all()}
-        if broken:  # the earliest, and of one step the first in the order of cause and effect
-            name = min(broken, key=lambda name: broken[name][0, 0].item())
-            step, env = broken[name][0, :2].tolist()
-            stop(f"the {name} of environment {env} in step {step + 1} of the rollout is not finite")
-        for _, steps, episode_return, length in ended:
-            scalars_of_episode = {"charts/episodic_return": episode_return, "charts/episodic_length": length}
-            run.log(scalars_of_episode, previous_step + steps * N)
-            recent_returns.append(episode_return)
-        if ended:
-            episodes += len(ended)
-            scalars["charts/rollout_return"] = np.mean([episode[2] for episode in ended])
-            scalars["charts/rollout_length"] = np.mean([episode[3] for episode in ended])
+        broken = {name: (~x.isfinite()).view(T, S * N, -1).any(-1).nonzero() for name, x in made.items()}
+        # The earliest first, and of one step the first in the order of cause and effect
+        for step, i, name in sorted(
+            ((*at, name) for name, x in broken.items() for at in x.tolist()), key=lambda at: at[0]
+        ):
+            if i // N in training:
+                stop(i // N, f"the {name} of environment {i % N} in step {step + 1} of the rollout is not finite")
+        for s in sorted(training):
+            of_seed = [episode[1:] for episode in ended if episode[0] // N == s]
+            for steps, episode_return, length in of_seed:
+                scalars_of_episode = {"charts/episodic_return": episode_return, "charts/episodic_length": length}
+                runs[s].log(scalars_of_episode, previous_step + steps * N)
+                recent_returns[s].append(episode_return)
+            if of_seed:
+                episodes[s] += len(of_seed)
+                scalars[s]["charts/rollout_return"] = np.mean([episode[1] for episode in of_seed])
+                scalars[s]["charts/rollout_length"] = np.mean([episode[2] for episode in of_seed])
 
-        # Advantages, and everything flattened to (B, …)
+        # Advantages, and everything by seed, (S, B, …)
         update_start = time.time()
         all_layers = diagnosed or "all" in (args.pfo_layers, args.critic_pfo_layers)
         with torch.no_grad():
-            # ((T + 1) * N, …): the policy as it acted, and the values with the one after the last step
-            actor, critic = agent(obs.flatten(0, 1), all_layers)
-            values = critic.output.view(T + 1, N)
+            # Of each seed, ((T + 1) * N, …): the policy as it acted, and the value with the one after the last step
+            outputs = [agent(x, all_layers) for agent, x in zip(agents, by_seed(obs, S), strict=True)]
+            values = torch.stack([critic.output.view(T + 1, N) for _, critic in outputs], dim=1).flatten(1)
             advantages, returns = gae(
                 transitions.rewards, values[:-1], values[1:], transitions.dones, args.gamma, args.gae_lambda
             )
-            before = {"actor": actor.map(lambda x: x[: T * N]), "critic": critic.map(lambda x: x[: T * N])}
-            loc, scale = loc_and_scale(before["actor"].output)
-            z = unsquash(transitions.actions.flatten(0, 1))
-            apart = sample(before["actor"].output, noise.flatten(0, 1)) - transitions.actions.flatten(0, 1)
-            apart = apart.abs().mean().item()
-        if apart > 1e-4:
-            stop(f"the actions are {apart:.1g} off those of the policy that learns (is numpy_act its network?)")
+            before = [
+                {name: x.map(lambda x: x[: T * N]) for name, x in zip(("actor", "critic"), output, strict=True)}
+                for output in outputs
+            ]
+            output = torch.stack([of_seed["actor"].output for of_seed in before])
+            loc, scale = loc_and_scale(output)
+            z = unsquash(by_seed(transitions.actions, S))
+            apart = together.each(act)(by_seed(obs[:-1], S), by_seed(noise, S)) - by_seed(transitions.actions, S)
+            apart = apart.abs().mean((1, 2)).tolist()
+        for s in sorted(training):
+            if not acting.off and apart[s] > 1e-4:
+                off = f"{apart[s]:.1g} off those of the policy that learns"
+                stop(s, f"the actions are {off}: what changes within a rollout needs --no-record")
         batch = {
-            "obs": obs[:-1].flatten(0, 1),
+            "obs": by_seed(obs[:-1], S),
             "z": z,
             "logprobs": normal_log_prob(z, loc, scale),
             "loc": loc,
             "scale": scale,
-            "values": values[:-1].flatten(),
-            "advantages": advantages.flatten(),
-            "returns": returns.flatten(),
-            "actor_held": pfo_input(before["actor"], args.pfo_layers, args.pfo_on),
-            "critic_held": pfo_input(before["critic"], args.critic_pfo_layers, args.critic_pfo_on),
+            "values": by_seed(values[:-1], S),
+            "advantages": by_seed(advantages, S),
+            "returns": by_seed(returns, S),
+            "actor_held": torch.stack([pfo_input(x["actor"], args.pfo_layers, args.pfo_on) for x in before]),
+            "critic_held": torch.stack(
+                [pfo_input(x["critic"], args.critic_pfo_layers, args.critic_pfo_on) for x in before]
+            ),
         }
 
         # Update phase
-        for optimizer in optimizers:
+        for optimizer in itertools.chain(*optimizers):
             optimizer.param_groups[0]["lr"] = learning_rate(iteration, args)
             if args.reset_optimizer:
                 optimizer.state.clear()
         if diagnosed:
-            weights = {name: flat_weights(network) for name, network in agent.networks().items()}
-        logged, num_minibatches = [], B // args.minibatch_size
+            weights = [{name: flat_weights(network) for name, network in agent.networks().items()} for agent in agents]
+        logged, num_minibatches = [[] for _ in range(S)], B // args.minibatch_size
         num_updates = args.update_epochs * num_minibatches
-        minibatches = (mb for _ in range(args.update_epochs) for mb in shuffled(batch, args.minibatch_size))
+        learning = set(training)
+        minibatches = (
+            mb for _ in range(args.update_epochs) for mb in shuffled(batch, args.minibatch_size, generators, learning)
+        )
         for k, mb in enumerate(minibatches):
             # Logged are the first and the last minibatch, and the KL of each where something hangs on it.
             everything = k in (0, num_updates - 1) or bool(args.kl_coef or args.target_kl)
-            logged.append(update(differentiate, optimizers, mb, kl_coef, everything))
-            if args.target_kl and logged[-1]["kl"].item() > args.target_kl:
-                break
-        # The one transfer of the update phase
-        numbers = iter(torch.stack([x for stats in logged for x in stats.values()]).tolist())
-        logged = [{name: next(numbers) for name in stats} for stats in logged]
+            grad, stats = differentiate(mb, kl_coef, everything, checked=k < 2, trial=trial)
+            step(grad, learning)
+            for s in learning:
+                logged[s].append(stats)
+            if args.target_kl:
+                learning -= {s for s, kl in enumerate(stats["kl"].tolist()) if kl > args.target_kl}
+                if not learning:
+                    break
+        if not differentiate.agrees(mb, kl_coef):
+            for s in sorted(training):
+                stop(s, "a loss reads what changes within an update phase, which needs a tensor or --no-record")
+        # The one transfer of the update phase: (number of updates and names, S)
+        updates = max(map(len, logged))
+        longest = next(stats for stats in logged if len(stats) == updates)
+        numbers = torch.stack([x for stats in longest for x in stats.values()]).T.tolist()
         update_time = time.time() - update_start
-        grad_norms = {name: [stats.pop(f"{name}_grad_norm") for stats in logged] for name in agent.networks()}
-        for name in logged[0].keys() - {"kl"}:
-            scalars[f"losses/first_minibatch/{name}"] = logged[0][name]
-            scalars[f"losses/last_minibatch/{name}"] = scalars[f"losses/{name}"] = logged[-1][name]
-        scalars["losses/clipfrac"] = np.mean([stats["clipfrac"] for stats in logged])
-        scalars["losses/early_stop"] = 1 - len(logged) / num_updates
-        scalars["losses/kl_coef"] = kl_coef.item()
-        if args.kl_coef:
-            last_epoch = (len(logged) - 1) // num_minibatches * num_minibatches
-            kl = np.mean([stats["kl"] for stats in logged[last_epoch:]])
-            kl_coef.fill_(adapted_kl_coef(kl_coef.item(), kl, args))
-        variance = returns.var()
-        if variance > 0:
-            scalars["losses/explained_variance"] = (1 - (returns - values[:-1]).var() / variance).item()
-        else:
-            run.say_once("losses/explained_variance is logged only where the returns of a rollout differ")
-        checked = {name: [stats[name] for stats in logged] for name in ("policy_loss", "value_loss")}
-        if args.ent_coef:  # else it is a diagnostic, which stops no run
-            checked["entropy"] = [logged[0]["entropy"], logged[-1]["entropy"]]
-        checked |= {f"{name}'s weight": [flat_weights(x).abs().max().item()] for name, x in agent.networks().items()}
-        with torch.no_grad():
-            checked["policy's output"] = agent.policy(obs[-1]).output.flatten().tolist()
-        for name, x in (checked | {f"{name}'s gradient norm": x for name, x in grad_norms.items()}).items():
-            if not all(map(math.isfinite, x)):
-                run.log(scalars, global_step)
-                stop(f"the {name} is not finite")
+        variances = batch["returns"].var(1).tolist(), (batch["returns"] - batch["values"]).var(1).tolist()
+        for s in sorted(training):
+            of_seed = iter(numbers[s])
+            of_seed = [{name: next(of_seed) for name in stats} for stats in logged[s]]
+            names = agents[s].networks()
+            grad_norms = {name: [stats.pop(f"{name}_grad_norm") for stats in of_seed] for name in names}
+            for name in of_seed[0].keys() - {"kl"}:
+                scalars[s][f"losses/first_minibatch/{name}"] = of_seed[0][name]
+                scalars[s][f"losses/last_minibatch/{name}"] = scalars[s][f"losses/{name}"] = of_seed[-1][name]
+            scalars[s]["losses/clipfrac"] = np.mean([stats["clipfrac"] for stats in of_seed])
+            scalars[s]["losses/early_stop"] = 1 - len(of_seed) / num_updates
+            scalars[s]["losses/kl_coef"] = kl_coef[s].item()
+            if args.kl_coef:
+                last_epoch = (len(of_seed) - 1) // num_minibatches * num_minibatches
+                kl = np.mean([stats["kl"] for stats in of_seed[last_epoch:]])
+                kl_coef[s] = adapted_kl_coef(kl_coef[s].item(), kl, args)
+            if variances[0][s] > 0:
+                scalars[s]["losses/explained_variance"] = 1 - variances[1][s] / variances[0][s]
+            else:
+                runs[0].say_once("losses/explained_variance is logged only where the returns of a rollout differ")
+            if diagnosed:
+                scalars[s] |= {f"optim/{name}/grad_norm": np.mean(x) for name, x in grad_norms.items()}
+            checked = {name: [stats[name] for stats in of_seed] for name in ("policy_loss", "value_loss")}
+            if args.ent_coef:  # else it is a diagnostic, which stops no run
+                checked["entropy"] = [of_seed[0]["entropy"], of_seed[-1]["entropy"]]
+            networks = agents[s].networks().items()
+            checked |= {f"{name}'s weight": [flat_weights(x).abs().max().item()] for name, x in networks}
+            with torch.no_grad():
+                checked["policy's output"] = agents[s].policy(obs[-1].unflatten(0, (S, N))[s]).output.flatten().tolist()
+            for name, x in (checked | {f"{name}'s gradient norm": x for name, x in grad_norms.items()}).items():
+                if not all(map(math.isfinite, x)):
+                    runs[s].log(scalars[s], global_step)
+                    stop(s, f"the {name} is not finite")
+                    break
 
         # Diagnostics of the whole rollout, by the networks as they now are
         if diagnosed:
             diagnostics_start = time.time()
-            with torch.no_grad():
-                after = dict(zip(("actor", "critic"), agent(batch["obs"], True), strict=True))
-                scalars |= diagnose(before, after, z, noise.flatten(0, 1), agent.half_width, args)
-                for name, network in agent.networks().items():
+            for s in sorted(training):
+                with torch.no_grad():
+                    after = dict(zip(("actor", "critic"), agents[s](batch["obs"][s], True), strict=True))
+                scalars[s] |= diagnose(before[s], after, z[s], by_seed(noise, S)[s], agents[s].half_width, args)
+                for side in ("above", "below"):
+                    if f"trust_region/ratio_{side}_std" not in scalars[s]:
+                        ratios = f"trust_region/ratio_{side}_* and excess_ratio"
+                        runs[0].say_once(f"{ratios} need ratios {side} the clip range (a std two)")
+                for name, network in agents[s].networks().items():
                     new = flat_weights(network)
-                    scalars[f"optim/{name}/grad_norm"] = np.mean(grad_norms[name])
-                    scalars[f"optim/{name}/update_norm"] = (new - weights[name]).norm().item()
-                    scalars[f"optim/{name}/weight_norm"] = new.norm().item()
-            for side in ("above", "below"):
-                if f"trust_region/ratio_{side}_std" not in scalars:
-                    run.say_once(
-                        f"trust_region/ratio_{side}_* and excess_ratio need ratios {side} the clip range (a std two)"
-                    )
-            del after
-            scalars["time/rollout"] = update_start - rollout_start
-            scalars["time/update"] = update_time
-            scalars["time/diagnostics"] = time.time() - diagnostics_start
-            shown["rank"] = scalars["representation/after/actor/pca_rank"]
-            shown["dead"] = scalars["representation/after/actor/dead_units"]
-        del actor, critic, before, batch, transitions
+                    scalars[s][f"optim/{name}/update_norm"] = (new - weights[s][name]).norm().item()
+                    scalars[s][f"optim/{name}/weight_norm"] = new.norm().item()
+                shown[s]["rank"] = scalars[s]["representation/after/actor/pca_rank"]
+                shown[s]["dead"] = scalars[s]["representation/after/actor/dead_units"]
+            times = {"time/rollout": update_start - rollout_start, "time/update": update_time}
+            times["time/diagnostics"] = time.time() - diagnostics_start
+            for s in training:
+                scalars[s] |= times
+        del outputs, before, batch, transitions
 
-        scalars["charts/learning_rate"] = learning_rate(iteration, args)
-        scalars["charts/SPS"] = (iteration - done) * B / (time.time() - start_time)
-        scalars["charts/FPS"] = scalars["charts/SPS"]
-        run.log(scalars, global_step)
-        if recent_returns:
-            shown["return"] = np.mean(recent_returns)
-        run.progress(global_step, **shown)
+        sps = (iteration - done) * B / (time.time() - start_time)  # of each seed; together they make S times that
+        for s in sorted(training):
+            scalars[s]["charts/learning_rate"] = learning_rate(iteration, args)
+            scalars[s]["charts/SPS"] = scalars[s]["charts/FPS"] = sps
+            runs[s].log(scalars[s], global_step)
+            if recent_returns[s]:
+                shown[s]["return"] = np.mean(recent_returns[s])
+        of_training = [shown[s] for s in training]
+        means = {name: np.mean([x[name] for x in of_training if name in x]) for name in of_training[0]}
+        runs[0].progress(global_step, **means)
         if diagnosed:
-            run.report(global_step, scalars["charts/FPS"], **shown)
+            runs[0].report(global_step, sps, **means)
         if iteration in evaluations:
-            seeds = np.random.SeedSequence([args.seed, global_step]).generate_state(args.eval_episodes) // 2
-            for kind in ("sampled", "greedy"):
-                video = run.folder / "videos" / f"{global_step}-{kind}.mp4" if film else None
-                try:
-                    results = evaluate(agent, normalizer, args, device, seeds.tolist(), kind == "greedy", video)
-                except OSError as error:
-                    run.say(f"{video}: can't be written ({error.strerror or 'ffmpeg failed'}); it is left out")
-                    video = None
-                    results = evaluate(agent, normalizer, args, device, seeds.tolist(), kind == "greedy")
-                names = ("episodic_return", "episodic_length")
-                run.log({f"eval/{kind}/{name}": x.mean() for name, x in zip(names, results, strict=True)}, global_step)
-                run.say(f"evaluation, {kind}: mean return {results[0].mean():.1f} of {args.eval_episodes} episodes")
-                if video:
-                    run.log_video(f"eval/{kind}/video", video, global_step)
+            for s in sorted(training):
+                seeds = np.random.SeedSequence([args.seeds[s], global_step]).generate_state(args.eval_episodes) // 2
+                for kind in ("sampled", "greedy"):
+                    video = runs[s].folder / "videos" / f"{global_step}-{kind}.mp4" if film else None
+                    greedy = kind == "greedy"
+                    subject = (agents[s], normalizers[s], args, device, seeds.tolist(), greedy)
+                    try:
+                        results = evaluate(*subject, video)
+                    except OSError as error:
+                        say(f"{video}: can't be written ({error.strerror or 'ffmpeg failed'}); it is left out")
+                        video = None
+                        results = evaluate(*subject)
+                    names = ("episodic_return", "episodic_length")
+                    means = {f"eval/{kind}/{name}": x.mean() for name, x in zip(names, results, strict=True)}
+                    runs[s].log(means, global_step)
+                    say(
+                        f"evaluation of seed {args.seeds[s]}, {kind}: "
+                        f"mean return {results[0].mean():.1f} of {args.eval_episodes} episodes"
+                    )
+                    if video:
+                        runs[s].log_video(f"eval/{kind}/video", video, global_step)
         # Last, since what was logged up to a checkpoint is what a resumed run keeps
         if iteration in checkpoints or interrupted:
-            run.save_checkpoint(global_step, state(iteration), iteration in snapshots)
+            for s in sorted(training):
+                runs[s].save_checkpoint(global_step, state(s, iteration), iteration in snapshots)
         if interrupted:
             break
         obs[0] = obs[-1]
 
     envs.close()
-    sys.exit(run.close(interrupted.exit_code))
+    exit_codes = {runs[s].close(interrupted.exit_code) for s in training}
+    sys.exit(min(exit_codes - {0}, default=int(len(training) < S)))

@@ -41,7 +41,7 @@ except ImportError:  # Windows has no such locks; there, nothing keeps two proce
 MAY_DIFFER = {
     *("resume", "device", "torch_deterministic", "torch_threads", "compile", "track", "wandb_project_name"),
     *("wandb_entity", "wandb_mode", "diagnostics_interval", "checkpoint_interval", "eval_episodes", "eval_interval"),
-    "capture_video",
+    *("capture_video", "record", "seeds"),
 }
 # Flags that every run has; what a checkpoint lacks of the others came after it, and their defaults are without effect.
 ALWAYS = {"env_id", "exp_name", "seed", "seeds", "total_timesteps"}
@@ -103,8 +103,9 @@ def parse_args(args_class):
     if folders in ([], [""], ["auto"]):
         return args
     was = [_newest_checkpoint(Path(folder)) for folder in folders]
-    # A script that trains several seeds at once goes on with a run of each.
-    values = {**_defaults, **was[0]["args"], "seeds": tuple(one["args"].get("seed") for one in was), "resume": resume}
+    values = {**_defaults, **was[0]["args"], "resume": resume, "seeds": ()}
+    if len(was) > 1:  # a script that trains several seeds at once goes on with a run of each
+        values |= {"seed": args_class.seed, "seeds": tuple(one["args"].get("seed") for one in was)}
     kinds = {name: kind for name, kind in typing.get_type_hints(args_class).items() if hasattr(args, name)}
     for name, kind in kinds.items():
         if name not in values or not _fits(values[name], kind):
@@ -387,10 +388,11 @@ def find_checkpoints(runs, script, **types):
     runs: the arguments of each. Runs that a kill, or a disk that was full for some of them, left at different
     iterations go back to the newest that all of them have.
     """
-    if not all(args.resume for args in runs):
+    named = [args.resume if isinstance(args.resume, str) else "".join(args.resume) for args in runs]
+    if not all(named):
         return [None] * len(runs)
-    auto = all(args.resume == "auto" for args in runs)
-    folders = [_newest_run(args, script, types, len(runs) == 1) if auto else Path(args.resume) for args in runs]
+    auto = set(named) == {"auto"}
+    folders = [_newest_run(args, script, types, len(runs) == 1) for args in runs] if auto else [*map(Path, named)]
     nothing = "--resume auto: runs/ has no unfinished run of these arguments; a new one starts"
     if None in folders:
         _print(nothing)

@@ -1,0 +1,233 @@
+"""Functions of tensors, run as a recording of their operations: without Python, and never other than the plain code.
+
+Where networks are small, most of an operation's time goes into Python and autograd's bookkeeping. A recording has the
+operations one after the other, those of a backward pass too, and reads weights where they are. What it can't see are
+Python's values: they are as they were when it was made. So it is made anew when any of the values that it was told of
+has changed, it is compared with the plain code, and it gives way to it where the two differ.
+"""
+
+import functools
+import operator
+import warnings
+
+import numpy as np
+import torch
+from torch.fx import Graph, GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from common.run import one_line
+
+aten = torch.ops.aten
+MAX_REMADE = 4  # recordings, before values that keep changing make the plain code the faster one
+
+
+class Replay:
+    """``plain(*tensors)``, which returns a tuple of tensors, by a recording of its operations.
+
+    name: what it does, for messages. reads: the dict of Python values that it reads, as ``vars(args)``. state: gives
+    the tensors that it may change. say: prints a line. off: whether ``plain`` is to run alone. in_numpy: whether NumPy
+    may run it, which has a fraction of PyTorch's overhead and rounds differently, where it has all of the operations
+    and none is large.
+    """
+
+    def __init__(self, plain, name, reads, state, say, off, in_numpy=False):
+        self.plain, self.name, self.reads, self.state, self.say = plain, name, reads, state, say
+        self.off, self.in_numpy = off, in_numpy
+        self.program = None
+        self.tolerance = 0.0
+        self.remade = 0
+
+    def __call__(self, *tensors):
+        """What ``plain`` gives, by the recording where there is one."""
+        if not self.off and (self.program is None or self.reads != self.made_with):
+            self._make(tensors)
+        return self.plain(*tensors) if self.off else self.program(*tensors)
+
+    def checked(self, *tensors, trial):
+        """As a call, but ``plain`` runs too, and from then on alone if even a new recording differs from it.
+
+        In a ``trial``, within which nothing that is read may change, it does so if the recording differs.
+        """
+        if self.off:
+            return self.plain(*tensors)
+        fresh = self.program is None or self.reads != self.made_with
+        before = self._effects()
+        expected = self.plain(*tensors)
+        if self._effects() != before:
+            self._give_up("it draws random numbers or changes buffers of its own")
+            return expected
+        result = self(*tensors)
+        if not self._same(result, expected) and not fresh and not trial:
+            self._make(tensors)
+            result = expected if self.off else self.program(*tensors)
+        if not self._same(result, expected):
+            self._give_up("a recording gives other numbers, since it reads what changes from call to call")
+        return expected if self.off else result
+
+    def agrees(self, *tensors):
+        """Whether the recording, if it is in use, still gives what ``plain`` gives."""
+        return self.off or self._same(self(*tensors), self.plain(*tensors))
+
+    def _same(self, result, expected):
+        if self.off:
+            return True
+        limits = {"rtol": 0, "atol": self.tolerance, "equal_nan": True}
+        return all(torch.allclose(x, y, **limits) for x, y in zip(result, expected, strict=True))
+
+    def _effects(self):
+        return torch.get_rng_state().numpy().tobytes(), [x._version for x in self.state()]
+
+    def _give_up(self, why):
+        self.off, self.program = True, None
+        self.say(one_line(f"{self.name} runs as plain code, which is slower: {why}"[:300]))
+
+    @torch.no_grad()
+    def _make(self, tensors):
+        self.remade += self.program is not None
+        if self.remade > MAX_REMADE:
+            changed = [name for name, value in self.reads.items() if value != self.made_with.get(name)]
+            why = f"{' and '.join(changed) or 'a value that it reads'} keeps changing, and is no tensor"
+            return self._give_up(why)
+        self.made_with = dict(self.reads)
+        try:
+            with torch.enable_grad():
+                graph = make_fx(self.plain)(*tensors)
+            simplify(graph)
+            program = numpy_program(graph) if self.in_numpy and small(graph) else None
+            self.tolerance = 1e-4 if program else 0.0
+            self.program = program or torch_program(graph, tensors)
+        except Exception as error:  # of a function that somebody changed: whatever recording it can raise
+            self._give_up(f"it can't be recorded ({type(error).__name__}: {error})")
+
+
+def simplify(graph):
+    """Take from a recorded graph, in place, what does nothing: gradients are done, and shapes are known."""
+    for node in graph.graph.nodes:
+        if node.op != "call_function":
+            continue
+        value, first = node.meta.get("val"), node.args[0] if node.args else None
+        idle = node.target == aten.detach.default
+        if node.target in (aten.view.default, aten.expand.default, aten._unsafe_view.default):
+            idle = first.meta["val"].shape == value.shape
+        if node.target == aten.mul.Scalar:
+            idle = node.args[1] == 1 and first.meta["val"].dtype == value.dtype
+        if idle:
+            node.replace_all_uses_with(first)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def torch_program(graph, tensors):
+    """The graph as TorchScript's interpreter runs it, or Python where that lacks an operation."""
+    # Deprecated, and still the fastest way to run operations as they are: torch.compile and AOTInductor, which take a
+    # compiler, round differently, and Python costs half of what recording is to save.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            program = torch.jit.trace(graph, tensors, check_trace=False)
+        except RuntimeError:  # as for the gradient of a LayerNorm
+            program = graph.forward
+    return torch.no_grad()(program)
+
+
+def small(graph):
+    """Whether no matrix product of the graph is worth more than the overhead of its call."""
+    for node in graph.graph.nodes:
+        if node.target in (aten.addmm.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default):
+            x, weight = (arg.meta["val"] for arg in node.args[-2:])
+            if x.numel() * weight.shape[-1] >= 2**17:
+                return False
+    return True
+
+
+def _clamp(x, low=None, high=None):
+    x = x if low is None else np.maximum(x, low)
+    return x if high is None else np.minimum(x, high)
+
+
+def _add(x, y, alpha=1):
+    return x + (y if alpha == 1 else alpha * y)
+
+
+def _addmm(bias, x, weight):
+    x = x @ weight
+    x += bias
+    return x
+
+
+def _split(x, size, dim=0):
+    return [x[(slice(None),) * (dim % x.ndim) + (slice(i, i + size),)] for i in range(0, x.shape[dim], size)]
+
+
+def _select(x, dim, i):
+    return x[(slice(None),) * (dim % x.ndim) + (i,)]
+
+
+# PyTorch's operations in NumPy, as far as they agree in shapes and types
+VIEWS = {
+    aten.t.default: np.transpose,
+    aten.transpose.int: np.swapaxes,
+    aten.view.default: np.reshape,
+    aten._unsafe_view.default: np.reshape,
+    aten.expand.default: np.broadcast_to,
+    aten.unsqueeze.default: np.expand_dims,
+    aten.squeeze.dim: np.squeeze,
+    aten.select.int: _select,
+}
+IN_NUMPY = {
+    **VIEWS,
+    operator.getitem: operator.getitem,
+    aten.split.Tensor: _split,
+    aten.addmm.default: _addmm,
+    aten.mm.default: np.matmul,
+    aten.bmm.default: np.matmul,
+    aten.add.Tensor: _add,
+    aten.sub.Tensor: functools.partial(np.subtract),
+    aten.mul.Tensor: np.multiply,
+    aten.div.Tensor: np.true_divide,
+    aten.addcmul.default: lambda x, y, z: x + y * z,
+    aten.tanh.default: np.tanh,
+    aten.relu.default: lambda x: np.maximum(x, 0),
+    aten.exp.default: np.exp,
+    aten.log.default: np.log,
+    aten.softplus.default: lambda x: np.logaddexp(x, np.float32(0)),
+    aten.clamp.default: _clamp,
+}
+
+
+def numpy_program(graph):
+    """The graph as a function of tensors by NumPy, or None if it has an operation that isn't known in it."""
+    ours, values = Graph(), {}
+    root = torch.nn.Module()
+
+    def constant(x, name):
+        setattr(root, name, x)
+        return ours.get_attr(name)
+
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = ours.placeholder(node.name)
+        elif node.op == "get_attr":  # weights: shared with the tensor, and so as they are at each call
+            values[node] = operator.attrgetter(node.target)(graph).detach().numpy()
+        elif node.op == "output":
+            outputs = [values[x] for x in node.args[0]]
+            ours.output(tuple(constant(x, f"output{i}") if isinstance(x, np.ndarray) else x
+                              for i, x in enumerate(outputs)))  # fmt: skip
+        else:
+            if node.target not in IN_NUMPY:
+                return None
+            args = [values[x] if isinstance(x, torch.fx.Node) else x for x in node.args]
+            if node.target in VIEWS and isinstance(args[0], np.ndarray):
+                values[node] = VIEWS[node.target](*args)
+                if not np.shares_memory(values[node], args[0]):
+                    return None
+                continue
+            args = [constant(x, f"{node.name}_{i}") if isinstance(x, np.ndarray) else x for i, x in enumerate(args)]
+            values[node] = ours.call_function(IN_NUMPY[node.target], tuple(args), dict(node.kwargs))
+    run = GraphModule(root, ours).forward
+
+    @np.errstate(all="ignore")  # what is not finite ends the run with a message of its own
+    def program(*tensors):
+        return [torch.from_numpy(x) for x in run(*[x.numpy() for x in tensors])]
+
+    return program
