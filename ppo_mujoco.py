@@ -453,6 +453,7 @@ class Rollout(NamedTuple):
     dones: Tensor  # 1 where the step ended an episode, by a time limit too
 
 
+@np.errstate(all="ignore")  # what is not finite ends the run with a message of its own
 def rollout(envs, act, normalizer, obs, noise, running):
     """Step each environment ``len(noise)`` times from ``obs[0]`` on; returns a Rollout and the episodes that ended.
 
@@ -599,38 +600,32 @@ def losses(agent, mb, kl_coef, args, everything=True):
     return a_loss + c_loss, {name: x.detach() for name, x in {**a_logged, **c_logged}.items()}
 
 
-def clipped(agent, grads, args):
-    """One agent's gradients, those of each part scaled down to ``--max-grad-norm``, and the norms before that."""
-    scaled, norms = [], []
-    for part in agent.parts():
-        of_part = grads[len(scaled) : len(scaled) + len(list(part.parameters()))]
-        norms.append(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in of_part])))
-        scale = (args.max_grad_norm / (norms[-1] + 1e-6)).clamp(max=1)
-        scaled += [grad * scale for grad in of_part]
-    return scaled, {"actor_grad_norm": norms[0], "critic_grad_norm": norms[-1]}
-
-
 def gradients(agents, losses, mb, kl_coef, args):
     """Clipped gradients of each seed's losses on its minibatch, in a row for each, and what is logged, by name.
 
     agents: a Batch of S. losses(mb, kl_coef): those of each, of tensors (S, …).
     """
     loss, logged = losses(mb, kl_coef)
-    grads, norms = agents.each(lambda agent, grads: clipped(agent, grads, args))(agents.gradients(loss))
-    logged |= norms
+    row, clipped, norms = agents.flat(agents.gradients(loss)), [], []
+    for columns in agents.columns(Agent.parts):
+        norms.append(torch.linalg.vector_norm(row[:, columns], dim=1, keepdim=True))
+        clipped.append(row[:, columns] * (args.max_grad_norm / (norms[-1] + 1e-6)).clamp(max=1))
+    logged |= {"actor_grad_norm": norms[0].squeeze(1), "critic_grad_norm": norms[-1].squeeze(1)}
     # Copied, since a CUDA graph writes its next results over these.
-    return agents.flat(grads), dict(zip(logged, torch.stack(list(logged.values())).unbind(), strict=True))
+    return torch.cat(clipped, dim=1), dict(zip(logged, torch.stack(list(logged.values())).unbind(), strict=True))
 
 
 class Differentiate:
-    """``gradients`` as two recordings, which know tensors alone: with everything that is logged, and with less."""
+    """``gradients`` by recordings, which know tensors alone: one with everything that is logged, one with less."""
 
     def __init__(self, agents, gradients, *of_replay):
         self.agents, self.gradients, self.of_replay, self.names, self.replays = agents, gradients, of_replay, {}, {}
 
-    def __call__(self, mb, kl_coef, everything, checked, trial):
-        """The gradients and what is logged; ``checked`` and ``trial`` are for the replay."""
+    def __call__(self, mb, kl_coef, everything, plain, checked, trial):
+        """The gradients and what is logged; ``plain`` is without a recording, ``checked`` and ``trial`` are for one."""
         self.agents.adopt()
+        if plain:
+            return self.gradients(mb, kl_coef, everything)
         if everything not in self.replays:
             self.replays[everything] = Replay(self._flat(everything, list(mb)), "a gradient", *self.of_replay)
         replay = self.replays[everything]
@@ -1009,8 +1004,9 @@ if __name__ == "__main__":
             output = torch.stack([of_seed["actor"].output for of_seed in before])
             loc, scale = loc_and_scale(output)
             z = unsquash(by_seed(transitions.actions, S))
-            apart = together.each(act)(by_seed(obs[:-1], S), by_seed(noise, S)) - by_seed(transitions.actions, S)
-            apart = apart.abs().mean((1, 2)).tolist()
+            some = slice(None, -1, 16)  # of the rollout's steps, to see whether the policy that learns has acted
+            apart = together.each(act)(by_seed(obs[some], S), by_seed(noise[some], S))
+            apart = (apart - by_seed(transitions.actions[some], S)).abs().mean((1, 2)).tolist()
         for s in sorted(training):
             if not acting.off and apart[s] > 1e-4:
                 off = f"{apart[s]:.1g} off those of the policy that learns"
@@ -1046,7 +1042,8 @@ if __name__ == "__main__":
         for k, mb in enumerate(minibatches):
             # Logged are the first and the last minibatch, and the KL of each where something hangs on it.
             everything = k in (0, num_updates - 1) or bool(args.kl_coef or args.target_kl)
-            grad, stats = differentiate(mb, kl_coef, everything, checked=k < 2, trial=trial)
+            at_an_end = k in (0, num_updates - 1)
+            grad, stats = differentiate(mb, kl_coef, everything, plain=at_an_end, checked=k == 1, trial=trial)
             step(grad, learning)
             for s in learning:
                 logged[s].append(stats)

@@ -48,6 +48,18 @@ class Batch:
         parts = x.split([n for size, gap in zip(self.sizes, self.gaps, strict=True) for n in (size, gap)], dim=1)[::2]
         return [part.unflatten(1, p.shape) for part, p in zip(parts, self.parameters[0], strict=True)]
 
+    def columns(self, parts):
+        """The columns of ``rows`` of each of ``parts(module)``, which are all of the module, one after the other."""
+        names, begin, found = {id(p): i for i, p in enumerate(self.parameters[0])}, 0, []
+        widths = [size + gap for size, gap in zip(self.sizes, self.gaps, strict=True)]
+        for part in parts(self.modules[0]):
+            end = begin + sum(widths[names[id(p)]] for p in part.parameters())
+            found.append(slice(begin, end))
+            begin = end
+        if begin != self.rows.shape[1]:
+            raise ValueError("the agent's parts must have each of its parameters, once and in their order")
+        return found
+
     def state(self):
         """The buffers of all modules, which a call may change."""
         return [*self.buffers.values(), *(x for module in self.modules for x in module.buffers())]

@@ -101,20 +101,38 @@ class Replay:
 
 
 def simplify(graph):
-    """Take from a recorded graph, in place, what does nothing: gradients are done, and shapes are known."""
+    """Take from a recorded graph, in place, what does nothing: gradients are done, shapes are known, views cancel."""
     for node in graph.graph.nodes:
-        if node.op != "call_function":
-            continue
-        value, first = node.meta.get("val"), node.args[0] if node.args else None
-        idle = node.target == aten.detach.default
-        if node.target in (aten.view.default, aten.expand.default, aten._unsafe_view.default):
-            idle = first.meta["val"].shape == value.shape
-        if node.target == aten.mul.Scalar:
-            idle = node.args[1] == 1 and first.meta["val"].dtype == value.dtype
-        if idle:
-            node.replace_all_uses_with(first)
+        same = node.op == "call_function" and _same_as(node)
+        if same:
+            node.replace_all_uses_with(same)
     graph.graph.eliminate_dead_code()
     graph.recompile()
+
+
+def _same_as(node):
+    """A node before ``node`` that has the same values, shape and strides, or None."""
+    target, x = node.target, node.args[0] if node.args else None
+    if not isinstance(x, torch.fx.Node):
+        return None
+    if target == aten.detach.default:
+        return x
+    if target in (aten.view.default, aten.expand.default, aten._unsafe_view.default):
+        if target == aten.view.default and x.target == aten.unsqueeze.default:
+            node.args = (x.args[0], *node.args[1:])
+        return x if x.meta["val"].shape == node.meta["val"].shape else None
+    if target == aten.mul.Scalar:
+        return x if node.args[1] == 1 and x.meta["val"].dtype == node.meta["val"].dtype else None
+    if (
+        target == aten.select.int
+        and node.args[1:] == (0, 0)
+        and x.target in (aten.unsqueeze.default, aten.view.default)
+    ):
+        return x.args[0] if (1, *x.args[0].meta["val"].shape) == x.meta["val"].shape else None
+    inverse = target in (aten.t.default, aten.transpose.int) or (
+        target == aten.permute.default and node.args[1] == [0, 2, 1]
+    )
+    return x.args[0] if inverse and x.target == target and x.args[1:] == node.args[1:] else None
 
 
 def torch_program(graph, tensors):
@@ -226,7 +244,6 @@ def numpy_program(graph):
             values[node] = ours.call_function(IN_NUMPY[node.target], tuple(args), dict(node.kwargs))
     run = GraphModule(root, ours).forward
 
-    @np.errstate(all="ignore")  # what is not finite ends the run with a message of its own
     def program(*tensors):
         return [torch.from_numpy(x) for x in run(*[x.numpy() for x in tensors])]
 
