@@ -1,16 +1,19 @@
 """How fast a training script is, against the arithmetic limit of the machine and against Stable-Baselines3.
 
     python -m benchmark.throughput ppo_pfo_atari.py --rounds 3 --cores 0 1 -- --diagnostics-interval 33
+    python -m benchmark.throughput ppo_pfo_atari.py --precisions float32 bfloat16 -- --diagnostics-interval 33
     pip install stable-baselines3==2.9.2 opencv-python-headless==5.0.0.93 mujoco==4.0.0
     python -m benchmark.throughput ppo_mujoco.py --cores 0 -- --diagnostics-interval 3
     python -m benchmark.throughput ppo_mujoco_multiseed.py --cores 0 -- --diagnostics-interval 3
 
-Runs the script (with what stands behind ``--``), a 2048 x 2048 float32 matrix product and, where it is installed,
-Stable-Baselines3's PPO with the same sizes in turn, each in a process of its own on the same cores, and prints the
-steps a second of each round (agent steps on Atari; all seeds together), the rate of the product and the ratio to
-Stable-Baselines3. On Atari, where arithmetic takes the time, it prints the share of the limit as well: the limit is
-that rate over the floating point operations of an agent step, which PyTorch counts on the script's own networks (actor
-and critic once forward in the rollout, then forward and backward in every epoch).
+Runs the script (with what stands behind ``--``), a 2048 x 2048 matrix product in the script's precision and, where it
+is installed, Stable-Baselines3's PPO with the same sizes in turn, each in a process of its own on the same cores, and
+prints the steps a second of each round (agent steps on Atari; all seeds together), the rate of the product and the
+ratio to Stable-Baselines3. On Atari, where arithmetic takes the time, it prints the share of the limit as well: the
+limit is that rate over the floating point operations of an agent step, which PyTorch counts on the script's own
+networks (actor and critic once forward in the rollout, then forward and backward in every epoch).
+With two ``--precisions`` every round measures all that in the one and then in the other, and it prints how many times
+as fast the second is, round by round and in the median.
 """
 
 import importlib
@@ -23,7 +26,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -34,8 +37,8 @@ from common.run import check_range, fail, parse_args
 ROOT = Path(__file__).resolve().parent.parent
 
 PRODUCT = """
-import statistics, time, torch
-a, b = torch.randn(2, 2048, 2048)
+import statistics, sys, time, torch
+a, b = torch.randn(2, 2048, 2048).to(getattr(torch, sys.argv[1]))
 times = []
 for _ in range(30):
     start = time.perf_counter()
@@ -98,6 +101,8 @@ class Args:
     """iterations of each run; the first is not timed"""
     cores: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N")] = (0, 1)
     """processor cores to run on; PyTorch gets a thread for each"""
+    precisions: tuple[Literal["float32", "bfloat16"], ...] = ()
+    """measure the script with each of these as its --precision; without, once, as what stands behind -- says"""
     stable_baselines3: bool = True
     """measure Stable-Baselines3 too, if it is installed"""
 
@@ -151,6 +156,11 @@ if __name__ == "__main__":
     script = importlib.import_module(Path(args.script).stem)
     sys.argv = [args.script, *passed]
     script_args = parse_args(script.Args)
+    precisions = args.precisions or (getattr(script_args, "precision", "float32"),)
+    if args.precisions and not hasattr(script_args, "precision"):
+        fail(f"--precisions {' '.join(precisions)}: must be left out, since {args.script} has no --precision")
+    if len(set(precisions)) < len(precisions):
+        fail(f"--precisions {' '.join(precisions)}: must name each precision once")
     script.check_args(script_args)
     frames = args.iterations * script_args.batch_size * getattr(script_args, "frame_skip", 1)
     flops = flops_of_agent_step(script, script_args) if hasattr(script_args, "frame_skip") else None
@@ -158,33 +168,45 @@ if __name__ == "__main__":
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     compared = args.stable_baselines3 and not missing
 
-    rates, speeds, theirs = [], [], []
+    speeds, rates, theirs = ({precision: [] for precision in precisions} for _ in range(3))
     for turn in range(1, args.rounds + 1):
-        rates.append(float(measured([sys.executable, "-c", PRODUCT], args.cores, ".")))
-        with tempfile.TemporaryDirectory() as folder:
-            # One checkpoint in the middle, as a whole run has one in a dozen iterations
-            run = ["--device", "cpu", "--total-timesteps", str(frames), "--checkpoint-interval", "0.5"]
-            command = [sys.executable, str(ROOT / args.script), *run, *passed]
-            measured(command, args.cores, folder)
-            speeds.append(sum(map(steps_per_second, Path(folder).glob("runs/*"))))
-        rates.append(float(measured([sys.executable, "-c", PRODUCT], args.cores, ".")))
-        rate = statistics.mean(rates[-2:])  # of just before and just after the run
-        line = f"round {turn}: {speeds[-1]:.0f} steps/s, product {rate / 1e9:.0f} GFLOP/s"
+        for precision in precisions:
+            product = [sys.executable, "-c", PRODUCT, precision]
+            flags = [*passed, "--precision", precision] if args.precisions else passed
+            rates[precision].append(float(measured(product, args.cores, ".")))
+            with tempfile.TemporaryDirectory() as folder:
+                # One checkpoint in the middle, as a whole run has one in a dozen iterations
+                run = ["--device", "cpu", "--total-timesteps", str(frames), "--checkpoint-interval", "0.5"]
+                measured([sys.executable, str(ROOT / args.script), *run, *flags], args.cores, folder)
+                speeds[precision].append(sum(map(steps_per_second, Path(folder).glob("runs/*"))))
+            rates[precision].append(float(measured(product, args.cores, ".")))
+            speed, rate = speeds[precision][-1], statistics.mean(rates[precision][-2:])  # of just before and just after
+            line = f"round {turn}{f', {precision}' if args.precisions else ''}: {speed:.0f} steps/s"
+            line += f", product {rate / 1e9:.0f} GFLOP/s"
+            if flops:
+                line += f", {speed * flops / rate:.0%} of the limit"
+            if compared:
+                sizes = json.dumps({name: x for name, x in vars(script_args).items() if name in SIZES})
+                command = [sys.executable, "-c", STABLE_BASELINES3, sizes, str(args.iterations)]
+                theirs[precision].append(float(measured(command, args.cores, ".")))
+                other = theirs[precision][-1]
+                line += f", Stable-Baselines3 {other:.0f} steps/s, ratio {speed / other:.2f}"
+            print(line, flush=True)
+        if len(precisions) == 2:
+            one, other = (speeds[precision][-1] for precision in precisions)
+            print(f"round {turn}: {precisions[1]} is {other / one:.2f} times as fast as {precisions[0]}", flush=True)
+    for precision in precisions:
+        speed, rate = statistics.median(speeds[precision]), statistics.median(rates[precision])
+        line = f"median, {len(args.cores)} cores{f', {precision}' if args.precisions else ''}: {speed:.0f} steps/s"
+        line += f", product {rate / 1e9:.0f} GFLOP/s"
         if flops:
-            line += f", {speeds[-1] * flops / rate:.0%} of the limit"
+            line += f", {flops / 1e6:.0f} MFLOP an agent step, {speed * flops / rate:.0%} of the limit"
         if compared:
-            sizes = json.dumps({name: x for name, x in vars(script_args).items() if name in SIZES})
-            command = [sys.executable, "-c", STABLE_BASELINES3, sizes, str(args.iterations)]
-            theirs.append(float(measured(command, args.cores, ".")))
-            line += f", Stable-Baselines3 {theirs[-1]:.0f} steps/s, ratio {speeds[-1] / theirs[-1]:.2f}"
-        print(line, flush=True)
-    rate, speed = statistics.median(rates), statistics.median(speeds)
-    line = f"median, {len(args.cores)} cores: {speed:.0f} steps/s, product {rate / 1e9:.0f} GFLOP/s"
-    if flops:
-        line += f", {flops / 1e6:.0f} MFLOP an agent step, {speed * flops / rate:.0%} of the limit"
-    if compared:
-        ratio = statistics.median(ours / other for ours, other in zip(speeds, theirs, strict=True))
-        line += f", Stable-Baselines3 {statistics.median(theirs):.0f} steps/s, ratio {ratio:.2f}"
-    elif args.stable_baselines3:
-        line += f"; not compared with Stable-Baselines3, for want of {' and '.join(missing)}"
-    print(line)
+            ratio = statistics.median(x / y for x, y in zip(speeds[precision], theirs[precision], strict=True))
+            line += f", Stable-Baselines3 {statistics.median(theirs[precision]):.0f} steps/s, ratio {ratio:.2f}"
+        elif args.stable_baselines3:
+            line += f"; not compared with Stable-Baselines3, for want of {' and '.join(missing)}"
+        print(line)
+    if len(precisions) == 2:
+        ratio = statistics.median(y / x for x, y in zip(*speeds.values(), strict=True))
+        print(f"median: {precisions[1]} is {ratio:.2f} times as fast as {precisions[0]}")

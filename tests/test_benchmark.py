@@ -1,13 +1,18 @@
 """The benchmark programs run; what they measure is not judged here."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_figures import DIAGNOSED, RETURN, write_run
+
+from benchmark.throughput import PRODUCT
+from common.run import _cpu_has_bfloat16
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--num-envs", "2", "--num-steps", "16", "--minibatch-size", "16"]
@@ -34,10 +39,38 @@ def test_throughput(script, mflop):
     assert f"{mflop} MFLOP an agent step" in out and "median, 1 cores" in out and "% of the limit" in out
 
 
+@pytest.mark.skipif(not _cpu_has_bfloat16(), reason="a product in bfloat16 would take this processor minutes")
+def test_throughput_in_two_precisions(monkeypatch):
+    """Each has its own product; the ratios are those of the printed speeds, and one round is its own median."""
+    monkeypatch.setattr(sys, "argv", ["-c", "bfloat16"])
+    exec(PRODUCT, product := {})
+    assert product["a"].dtype == product["b"].dtype == torch.bfloat16
+    flags = ["--rounds", "1", "--iterations", "2", "--cores", "0", "--no-stable-baselines3"]
+    out = program("throughput", "ppo_atari.py", *flags, "--precisions", "float32", "bfloat16", "--", *TINY)
+    lines = out.splitlines()
+    named = [", float32", ", bfloat16", ""]
+    starts = [f"round 1{name}: " for name in named] + ["median, 1 cores, float32: ", "median, 1 cores, bfloat16: "]
+    assert all(line.startswith(start) for line, start in zip(lines, [*starts, "median: "], strict=True)), out
+    one, other = (float(re.search(r": (\d+) steps/s", line)[1]) for line in lines[:2])
+    ratio = re.search(r"bfloat16 is (\S+) times as fast as float32", lines[2])[1]
+    assert float(ratio) == pytest.approx(other / one, rel=0.02, abs=0.01) and ratio in lines[-1]
+    for line in lines[3:5]:
+        speed, rate, mflop, share = map(int, re.findall(r"(\d+)(?: steps/s| GFLOP/s| MFLOP|% of the limit)", line))
+        assert mflop == 217 and share == pytest.approx(100 * speed * 0.217 / rate, rel=0.1, abs=1)
+
+
+def test_precisions_of_a_script_without_them_are_refused():
+    flags = ["--precisions", "float32", "bfloat16"]
+    said = program("throughput", "ppo_mujoco.py", *flags, code=2)
+    assert said == "error: --precisions float32 bfloat16: must be left out, since ppo_mujoco.py has no --precision\n"
+    said = program("throughput", "ppo_atari.py", "--precisions", "float32", "float32", code=2)
+    assert said == "error: --precisions float32 float32: must name each precision once\n"
+
+
 def test_throughput_of_many_seeds():
     flags = ["--seeds", "1", "2", "--num-steps", "32", "--minibatch-size", "16", "--obs-norm-steps", "20"]
     flags = ["--rounds", "1", "--iterations", "3", "--cores", "0", "--", *flags]
-    out = program("throughput", "ppo_mujoco_multiseed.py", *flags)
+    out = program("throughput", "ppo_mujoco.py", *flags)
     assert "median, 1 cores" in out and "limit" not in out and "Stable-Baselines3" in out
 
 
