@@ -17,6 +17,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple
 
 import envpool
@@ -26,6 +27,8 @@ import torch
 import torch.nn as nn
 from envpool.atari.registration import atari_game_list
 from torch import Tensor
+
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which python -P leaves out
 
 from common.feature_rank import dead_units, dormant_fraction, feature_ranks, feature_stats, mean_norm, policy_variance
 from common.run import (
@@ -265,9 +268,10 @@ class Network(nn.Module):
             preactivations.append(layer(x))
             x = self.activation(preactivations[-1])
         everything = torch.cat([layer.flatten(1) for layer in preactivations], dim=1).float() if all_layers else None
-        x = x.float()
+        last = preactivations[-1].float()
+        x = self.activation(last)  # of float32: torch.compile would leave out bfloat16's rounding here
         with torch.autocast(x.device.type, enabled=False):  # which ends with the hidden layers
-            return NetworkOutput(self.output(x), x, preactivations[-1].float(), everything)
+            return NetworkOutput(self.output(x), x, last, everything)
 
 
 class Agent(nn.Module):
@@ -749,24 +753,12 @@ if __name__ == "__main__":
         run.progress(global_step, **shown)
         if diagnosed:
             run.report(global_step, scalars["charts/FPS"], **shown)
-        if iteration in evaluations:
-            seeds = np.random.SeedSequence([args.seed, global_step]).generate_state(args.eval_episodes) // 2
-            for kind in ("sampled", "greedy"):
-                video = run.folder / "videos" / f"{global_step}-{kind}.mp4" if args.capture_video else None
-                try:
-                    results = evaluate(agent, args, device, seeds.tolist(), kind == "greedy", video)
-                except OSError as error:
-                    run.say(f"{video}: can't be written ({error.strerror or 'ffmpeg failed'}); it is left out")
-                    video = None
-                    results = evaluate(agent, args, device, seeds.tolist(), kind == "greedy")
-                names = ("episodic_return", "episodic_length")
-                run.log({f"eval/{kind}/{name}": x.mean() for name, x in zip(names, results, strict=True)}, global_step)
-                run.say(f"evaluation, {kind}: mean return {results[0].mean():.1f} of {args.eval_episodes} games")
-                if video:
-                    run.log_video(f"eval/{kind}/video", video, global_step)
-        # Last, since what was logged up to a checkpoint is what a resumed run keeps
+        # After logging, since what was logged up to a checkpoint is what a resumed run keeps
         if iteration in checkpoints or interrupted:
             run.save_checkpoint(global_step, state(iteration), iteration in snapshots)
+        if iteration in evaluations:  # with the checkpoint saved: what only looks at the agent can't cost it
+            seeds = np.random.SeedSequence([args.seed, global_step]).generate_state(args.eval_episodes) // 2
+            run.evaluate(partial(evaluate, agent, args, device, seeds.tolist()), global_step, args.capture_video)
         if interrupted:
             break
         obs[0] = obs[-1]

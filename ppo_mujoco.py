@@ -26,6 +26,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple
 
 with contextlib.suppress(OSError):
@@ -40,6 +41,8 @@ import torch.nn.functional as F
 from envpool.mujoco.gym.registration import gym_mujoco_envs
 from torch import Tensor
 from torch.utils._pytree import tree_map
+
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which python -P leaves out
 
 from common.batch import Batch, Optimizers
 from common.feature_rank import dead_units, dormant_fraction, feature_ranks, feature_stats, mean_norm, policy_variance
@@ -842,6 +845,10 @@ if __name__ == "__main__":
             rng.bit_generator.state = checkpoint["random_states"]["numpy"]  # so the environments get seeds of their own
         env_seeds += rng.integers(2**31, size=N).tolist()
         spaces = envpool.make_spec(args.env_id)
+        if not spaces.observation_space.shape:
+            fail(
+                f"--env-id {args.env_id}: its observations must be vectors; they are a dict, as all of dm_control's are"
+            )
         action_low, action_high = spaces.action_space.low, spaces.action_space.high
         obs_dim, action_dim = spaces.observation_space.shape[0], len(action_low)
         if checkpoint:
@@ -1129,32 +1136,15 @@ if __name__ == "__main__":
         runs[0].progress(global_step, **means)
         if diagnosed:
             runs[0].report(global_step, sps, **means)
-        if iteration in evaluations:
-            for s in sorted(training):
-                seeds = np.random.SeedSequence([args.seeds[s], global_step]).generate_state(args.eval_episodes) // 2
-                for kind in ("sampled", "greedy"):
-                    video = runs[s].folder / "videos" / f"{global_step}-{kind}.mp4" if film else None
-                    greedy = kind == "greedy"
-                    subject = (agents[s], normalizers[s], args, device, seeds.tolist(), greedy)
-                    try:
-                        results = evaluate(*subject, video)
-                    except OSError as error:
-                        say(f"{video}: can't be written ({error.strerror or 'ffmpeg failed'}); it is left out")
-                        video = None
-                        results = evaluate(*subject)
-                    names = ("episodic_return", "episodic_length")
-                    means = {f"eval/{kind}/{name}": x.mean() for name, x in zip(names, results, strict=True)}
-                    runs[s].log(means, global_step)
-                    say(
-                        f"evaluation of seed {args.seeds[s]}, {kind}: "
-                        f"mean return {results[0].mean():.1f} of {args.eval_episodes} episodes"
-                    )
-                    if video:
-                        runs[s].log_video(f"eval/{kind}/video", video, global_step)
-        # Last, since what was logged up to a checkpoint is what a resumed run keeps
+        # After logging, since what was logged up to a checkpoint is what a resumed run keeps
         if iteration in checkpoints or interrupted:
             for s in sorted(training):
                 runs[s].save_checkpoint(global_step, state(s, iteration), iteration in snapshots)
+        if iteration in evaluations:  # with the checkpoints saved: what only looks at the agents can't cost them
+            for s in sorted(training):
+                seeds = np.random.SeedSequence([args.seeds[s], global_step]).generate_state(args.eval_episodes) // 2
+                subject = partial(evaluate, agents[s], normalizers[s], args, device, seeds.tolist())
+                runs[s].evaluate(subject, global_step, film, say)
         if interrupted:
             break
         obs[0] = obs[-1]

@@ -4,7 +4,7 @@
     python -m benchmark.throughput ppo_pfo_atari.py --precisions float32 bfloat16 -- --diagnostics-interval 33
     pip install stable-baselines3==2.9.2 opencv-python-headless==5.0.0.93 mujoco==4.0.0
     python -m benchmark.throughput ppo_mujoco.py --cores 0 -- --diagnostics-interval 3
-    python -m benchmark.throughput ppo_mujoco_multiseed.py --cores 0 -- --diagnostics-interval 3
+    python -m benchmark.throughput ppo_mujoco.py --cores 0 -- --diagnostics-interval 3 --seeds 25 7 64 27 4
 
 Runs the script (with what stands behind ``--``), a 2048 x 2048 matrix product in the script's precision and, where it
 is installed, Stable-Baselines3's PPO with the same sizes in turn, each in a process of its own on the same cores, and

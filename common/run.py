@@ -742,6 +742,31 @@ class Run:
             with self._tracking():
                 self.wandb.log({tag: wandb.Video(str(path), format="mp4"), "global_step": step})
 
+    def evaluate(self, evaluate, step, film, say=None):
+        """Log what ``evaluate(greedy, video)`` gives, the returns and lengths of episodes, sampled and greedy.
+
+        ``film`` is whether to record a video each, to a path in the run's folder. Whatever fails costs a line and what
+        it was to show, not the run. ``say`` prints a line, by default this run's.
+        """
+        say = say or self.say
+        for kind in ("sampled", "greedy"):
+            path = self.folder / "videos" / f"{step}-{kind}.mp4"
+            for video in (path, None) if film else (None,):
+                try:
+                    returns, lengths = evaluate(kind == "greedy", video)
+                except Exception as error:  # of encoders, drivers and simulators, which raise what they like
+                    what = f"{video}: can't be written" if video else f"evaluation, {kind}: failed"
+                    reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".rstrip(": ")
+                    say(f"{what} ({one_line(reason)[:200]}); it is left out")
+                    continue
+                means = {"episodic_return": returns.mean(), "episodic_length": lengths.mean()}
+                self.log({f"eval/{kind}/{name}": mean for name, mean in means.items()}, step)
+                seed = f"seed {self.args['seed']}, {kind}"
+                say(f"evaluation of {seed}: mean return {means['episodic_return']:.1f} of {len(returns)} episodes")
+                if video:
+                    self.log_video(f"eval/{kind}/video", video, step)
+                break
+
     def say(self, message, file=None):
         """Print a line without breaking the progress bar; ``file`` is standard output where there is none."""
         if self.bar is not None:
