@@ -267,8 +267,9 @@ class Network(nn.Module):
             x = x.flatten(1) if isinstance(layer, nn.Linear) else x
             preactivations.append(layer(x))
             x = self.activation(preactivations[-1])
-        everything = torch.cat([layer.flatten(1) for layer in preactivations], dim=1).float() if all_layers else None
-        last = preactivations[-1].float()
+        dtype = self.hidden[0].weight.dtype  # float32, whatever the layers computed in
+        everything = torch.cat([layer.flatten(1) for layer in preactivations], dim=1).to(dtype) if all_layers else None
+        last = preactivations[-1].to(dtype)
         x = self.activation(last)  # of float32: torch.compile would leave out bfloat16's rounding here
         with torch.autocast(x.device.type, enabled=False):  # which ends with the hidden layers
             return NetworkOutput(self.output(x), x, last, everything)

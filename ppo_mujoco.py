@@ -225,11 +225,10 @@ def check_args(args):
     if not all(0 <= seed < 2**31 for seed in args.seeds) or len({*args.seeds}) < len(args.seeds):
         seeds = " ".join(map(str, args.seeds))
         fail(f"--seeds {seeds}: must be different numbers, each at least 0 and at most {2**31 - 1}")
-    args.seeds = args.seeds or (args.seed,)
-    if args.seed not in (Args.seed, *args.seeds):
+    if args.seeds and args.seed not in (Args.seed, *args.seeds):
         fail(f"--seed {args.seed}: must not go with --seeds; they are all the seeds there are")
-    if args.resume and args.resume != ("auto",) and len(args.resume) != len(args.seeds):
-        fail(f"--resume {' '.join(args.resume)}: must be auto, or a run's folder for each of {len(args.seeds)} seeds")
+    if args.resume and args.resume != ("auto",) and len(args.resume) != len(args.seeds or (args.seed,)):
+        fail(f"--resume {' '.join(args.resume)}: must be auto, or a run's folder for each of --seeds")
     check_range(args, "obs_norm_steps", low=2, high=10**7)
     check_range(args, "torch_threads", low=0, high=1024)
     check_range(args, "diagnostics_interval", low=0, high=10**9)
@@ -265,12 +264,13 @@ def check_args(args):
         fail(f"--compile: torch.compile needs a C++ compiler, and {compiler} is not there; CXX may name another one")
 
 
-def of_one_seed(args, s):
-    """The arguments of the run that has seed number ``s``."""
-    resume = (args.resume * len(args.seeds))[s : s + 1]  # auto stands once for all of them
-    one = copy.copy(args)
-    one.seed, one.seeds, one.resume = args.seeds[s], (), resume
-    return one
+def of_each_seed(args):
+    """The arguments of the run of each seed."""
+    runs = [copy.copy(args) for _ in args.seeds or (args.seed,)]
+    resumed = args.resume if args.resume != ("auto",) else len(runs) * args.resume
+    for s, run_args in enumerate(runs):
+        run_args.seed, run_args.seeds, run_args.resume = (args.seeds or (args.seed,))[s], (), resumed[s : s + 1]
+    return runs
 
 
 def make_envs(args, num_envs, seeds, **kwargs):
@@ -824,8 +824,8 @@ if __name__ == "__main__":
     device = pick_device(args.device)
     keep_freed_memory()
     set_threads(args)
-    T, S, N, B = args.num_steps, len(args.seeds), args.num_envs, args.batch_size
-    args_of_seeds = [of_one_seed(args, s) for s in range(S)]
+    args_of_seeds = of_each_seed(args)
+    T, S, N, B = args.num_steps, len(args_of_seeds), args.num_envs, args.batch_size
     restored = {"kl_coef": float, "normalizer": dict, "episodes": int, "recent_returns": list}
     checkpoints_of_seeds = find_checkpoints(args_of_seeds, os.path.basename(__file__), **restored)
     film = args.capture_video and can_render(args.env_id)
@@ -838,9 +838,9 @@ if __name__ == "__main__":
 
     # Environments and networks of each seed, with the random numbers that its run alone would draw
     env_seeds, normalizers, agents, optimizers, generators, states_of_start, rngs = [], [], [], [], [], [], []
-    for seed, checkpoint in zip(args.seeds, checkpoints_of_seeds, strict=True):
-        torch.manual_seed(seed)
-        rng = np.random.default_rng(seed)
+    for of_seed, checkpoint in zip(args_of_seeds, checkpoints_of_seeds, strict=True):
+        torch.manual_seed(of_seed.seed)
+        rng = np.random.default_rng(of_seed.seed)
         if checkpoint:
             rng.bit_generator.state = checkpoint["random_states"]["numpy"]  # so the environments get seeds of their own
         env_seeds += rng.integers(2**31, size=N).tolist()
@@ -871,7 +871,7 @@ if __name__ == "__main__":
     mean, std = (np.repeat([getattr(x, name) for x in normalizers], N, axis=0) for name in ("mean", "std"))
     normalizer = Normalizer(mean, std, normalizers[0].time_limit)
     together = Batch(agents)
-    step = Optimizers(together, optimizers).step
+    take_step = Optimizers(together, optimizers).step
     kl_coef = torch.full((S,), args.kl_coef, device=device)
     for s, checkpoint in enumerate(checkpoints_of_seeds):
         if checkpoint:
@@ -1051,7 +1051,7 @@ if __name__ == "__main__":
             everything = k in (0, num_updates - 1) or bool(args.kl_coef or args.target_kl)
             at_an_end = k in (0, num_updates - 1)
             grad, stats = differentiate(mb, kl_coef, everything, plain=at_an_end, checked=k == 1, trial=trial)
-            step(grad, learning)
+            take_step(grad, learning)
             for s in learning:
                 logged[s].append(stats)
             if args.target_kl:
@@ -1142,7 +1142,9 @@ if __name__ == "__main__":
                 runs[s].save_checkpoint(global_step, state(s, iteration), iteration in snapshots)
         if iteration in evaluations:  # with the checkpoints saved: what only looks at the agents can't cost them
             for s in sorted(training):
-                seeds = np.random.SeedSequence([args.seeds[s], global_step]).generate_state(args.eval_episodes) // 2
+                seeds = (
+                    np.random.SeedSequence([args_of_seeds[s].seed, global_step]).generate_state(args.eval_episodes) // 2
+                )
                 subject = partial(evaluate, agents[s], normalizers[s], args, device, seeds.tolist())
                 runs[s].evaluate(subject, global_step, film, say)
         if interrupted:

@@ -27,8 +27,14 @@ class Batch:
         stacked = self.pieces(self.rows)
         self.views = [[x[s] for x in stacked] for s in range(len(modules))]
         self.adopt()
-        names = [name for name, _ in modules[0].named_parameters()]
-        self.stacked = {name: x.detach().requires_grad_() for name, x in zip(names, stacked, strict=True)}
+        self.leaves = [x.detach().requires_grad_() for x in stacked]
+        by_id = {id(p): x for p, x in zip(self.parameters[0], self.leaves, strict=True)}
+        # Each place that holds a parameter, once: places may share one, and modules may be in several places.
+        self.stacked = {
+            f"{path}.{name}".lstrip("."): by_id[id(p)]
+            for path, module in modules[0].named_modules()
+            for name, p in module.named_parameters(recurse=False)
+        }
         names = [name for name, _ in modules[0].named_buffers()]
         self.buffers = {name: torch.stack([module.get_buffer(name) for module in modules]) for name in names}
         for name, x in self.buffers.items():
@@ -79,7 +85,7 @@ class Batch:
 
         def of_one(parameters, buffers, *args):
             tensors = {f"module.{name}": x for name, x in (parameters | buffers).items()}
-            return functional_call(bound, tensors, args)
+            return functional_call(bound, tensors, args, tie_weights=False)
 
         def call(*args):
             if self.batched:
@@ -96,7 +102,7 @@ class Batch:
 
     def gradients(self, loss):
         """Those of a loss (S,) of each module by its own parameters, in their order, (S, …) each."""
-        leaves = list(self.stacked.values()) if self.batched else [p for own in self.parameters for p in own]
+        leaves = self.leaves if self.batched else [p for own in self.parameters for p in own]
         grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True, materialize_grads=True)
         if self.batched:
             return list(grads)

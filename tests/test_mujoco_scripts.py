@@ -26,7 +26,11 @@ from test_scripts import (
     scalars_of,
 )
 
-script, multiseed = map(importlib.import_module, ("ppo_mujoco", "ppo_mujoco_multiseed"))
+from common.batch import Batch, Optimizers
+from common.replay import Replay
+
+script = importlib.import_module("ppo_mujoco")
+SEVERAL = ["--seeds", "1", "2"]
 # Five iterations of 2 x 64 transitions
 TINY = ["--num-steps", "64", "--minibatch-size", "32", "--update-epochs", "2", "--obs-norm-steps", "50"]
 TINY += ["--total-timesteps", "700"]
@@ -116,7 +120,7 @@ def assert_same_run(alone, together):
     assert names == [path.name for path in sorted(together.glob("checkpoints/[0-9]*.pt"))]
     for name in names:
         one, other = load(alone / "checkpoints" / name), load(together / "checkpoints" / name)
-        assert list(one) == list(other) and one["args"] == other["args"]
+        assert list(one) == list(other) and one["args"] == other["args"] and one["args"]["seeds"] == ()
         for key in ("script", "normalizer", "action_low", "iteration", "global_step", "episodes", "random_states"):
             assert same(one[key], other[key]), key
         assert one["kl_coef"] == pytest.approx(other["kl_coef"])
@@ -142,7 +146,7 @@ def assert_same_run(alone, together):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_many_seeds_are_the_runs_of_each_seed(variant, tmp_path):
     flags = [*TINY, *VARIANTS[variant].split()]
-    _, _ = run_script("ppo_mujoco_multiseed", tmp_path, "--seeds", "3", "7", "11", *flags)
+    _, _ = run_script("ppo_mujoco", tmp_path, "--seeds", "3", "7", "11", *flags)
     batched = {path.name.split("__")[2]: path for path in (tmp_path / "runs").iterdir()}
     assert batched.keys() == {"3", "7", "11"}
     for seed in batched if variant == "plain" else ["7"]:
@@ -180,40 +184,50 @@ def test_recorded_gradients_and_actions_are_the_eager_ones(variant, everything, 
         mb["critic_held"] = script.pfo_input(critic, args.critic_pfo_layers, args.critic_pfo_on) - 0.1
         return mb | {"noise": torch.randn_like(z)}
 
-    def eager(mb, kl_coef, everything):
-        return script.gradients(agent, script.losses, mb, kl_coef, args, everything)
+    def learner(agent):
+        together = Batch([agent])
+        losses = together.each(lambda agent, mb, kl_coef: script.losses(agent, mb, kl_coef, args, everything))
 
-    def of_other(mb, kl_coef, everything):
-        return script.gradients(other, script.losses, mb, kl_coef, args, everything)
+        def gradients(mb, kl_coef, everything):
+            return script.gradients(together, losses, mb, kl_coef, args)
 
-    replay = script.recorded_gradients(of_other)
-    act = script.recorded(lambda obs, noise: script.sample(other.policy(obs).output, noise))
-    optimizers = script.make_optimizers(agent, args)
-    params = [p for optimizer in optimizers for p in optimizer.param_groups[0]["params"]]
-    others = script.make_optimizers(other, args)
+        optimizers = script.make_optimizers(agent, args)
+        return together, gradients, optimizers, Optimizers(together, [optimizers]).step
+
+    together, eager, optimizers, _ = learner(agent)
+    others, gradients, theirs, step = learner(other)
+    differentiate = script.Differentiate(others, gradients, vars(args), others.state, pytest.fail, False)
+    acting = Replay(lambda *x: (others.each(script.act)(*x),), "acting", vars(args), others.state, pytest.fail, False)
     for k in range(3):
-        mb, kl_coef = minibatch(), torch.tensor(0.5 * k)
-        for optimizer in (*optimizers, *others):
+        mb, kl_coef = {name: x.unsqueeze(0) for name, x in minibatch().items()}, torch.tensor([0.5 * k])
+        for optimizer in (*optimizers, *theirs):
             optimizer.param_groups[0]["lr"] = 1e-3 * (k + 1)
-        grads, logged = eager(mb, kl_coef, everything)
-        replayed = script.update(replay, others, mb, kl_coef, everything)
+        row, logged = eager(mb, kl_coef, everything)
+        grad, replayed = differentiate(mb, kl_coef, everything, plain=False, checked=False, trial=False)
         assert replayed.keys() == logged.keys()
         assert all(torch.equal(replayed[name], x) for name, x in logged.items())
-        for p, grad in zip(params, grads, strict=True):
-            p.grad = grad
+        step(grad, [0])
+        for p, grad in zip(agent.parameters(), together.pieces(row), strict=True):
+            p.grad = grad[0]
         for optimizer in optimizers:
-            optimizer.step()  # PyTorch's own
+            optimizer.step()  # PyTorch's own, which rounds the last elements of a tensor otherwise
         for (name, p), q in zip(agent.named_parameters(), other.parameters(), strict=True):
-            assert torch.equal(p, q), name
-        obs, noise = torch.randn(2, 12), torch.randn(2, 3)
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-9, msg=name)
+            p.data.copy_(q)
+        obs, noise = torch.randn(1, 2, 12), torch.randn(1, 2, 3)
         with torch.no_grad():
-            assert torch.equal(act(obs, noise), script.sample(agent.policy(obs).output, noise))
-    for mine, theirs in zip(optimizers, others, strict=True):
-        assert same(mine.state_dict(), theirs.state_dict())
+            assert torch.equal(acting(obs, noise)[0][0], script.sample(agent.policy(obs[0]).output, noise[0]))
+    assert differentiate.replays and acting.program is not None
+    for mine, own in zip(optimizers, theirs, strict=True):
+        mine, own = mine.state_dict(), own.state_dict()
+        assert mine["param_groups"] == own["param_groups"]
+        for i, moments in mine["state"].items():
+            for name, x in moments.items():
+                torch.testing.assert_close(x, own["state"][i][name], rtol=1e-4, atol=1e-9)
 
 
 @given(
-    activation=st.sampled_from([*script.IN_NUMPY]),
+    activation=st.sampled_from(["Tanh", "ReLU"]),
     hidden=st.lists(st.integers(1, 70), min_size=1, max_size=3),
     seeds=st.integers(1, 3),
     num_envs=st.integers(1, 4),
@@ -228,43 +242,44 @@ def test_numpy_acts_as_the_policy_does(activation, hidden, seeds, num_envs, acti
     agents = [script.Agent(6, -np.ones(action_dim), np.ones(action_dim), args) for _ in range(seeds)]
     obs, noise = gain * torch.randn(seeds * num_envs, 7), torch.randn(seeds * num_envs, action_dim)
 
-    batch = multiseed.Agents(agents)  # the agents' weights are now views of the batch's
-    together = multiseed.numpy_act(batch.layers()[: batch.depth], multiseed.IN_NUMPY[activation])
-    for p in (p for agent in agents for p in agent.actor.parameters()):
-        p.data.mul_(1.5).add_(0.1)
-    assert (together(obs, noise).abs() < 1).all()
-    rows = (x.split(num_envs) for x in (obs, noise, together(obs, noise)))
-    for agent, own_obs, own_noise, of_batch in zip(agents, *rows, strict=True):
-        layers = [(layer.weight, layer.bias) for layer in (*agent.actor.hidden, agent.actor.output)]
-        act = script.numpy_act(layers, script.IN_NUMPY[activation])
+    batch = Batch(agents)  # the agents' weights are now views of the batch's
+    recorded = Replay(
+        torch.no_grad()(lambda *x: (batch.each(script.act)(*x),)), "acting", {}, batch.state, pytest.fail, False, True
+    )
+    rows = obs.view(seeds, num_envs, 7), noise.view(seeds, num_envs, action_dim)
+    with np.errstate(all="ignore"):
+        recorded(*rows)
+        assert recorded.tolerance  # it is NumPy's
+        for p in (p for agent in agents for p in agent.actor.parameters()):
+            p.data.mul_(1.5).add_(0.1)
+        together = recorded(*rows)[0]
+    assert together.shape == rows[1].shape and (together.abs() < 1).all()
+    for agent, own_obs, own_noise, of_batch in zip(agents, *rows, together, strict=True):
         with torch.no_grad():
             ours = script.sample(agent.policy(own_obs).output, own_noise)
-        for theirs in (of_batch, act(own_obs, own_noise)):
-            torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5 * max(gain, 1))
+        torch.testing.assert_close(of_batch, ours, rtol=0, atol=1e-5 * max(gain, 1))
 
 
-@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed"])
-@pytest.mark.parametrize(
-    "line, change, activation",
-    [
-        ("x = self.activation(preactivations[-1])", "x = self.activation(preactivations[-1]) + 0.1", "Tanh"),
-        ("x = self.activation(preactivations[-1])", "x = self.activation(preactivations[-1]) + 0.1", "GELU"),
-        ("return squash(torch.addcmul(loc, scale, noise))", "return squash(loc + 2 * scale * noise)", "ReLU"),
-    ],
-)
-def test_a_changed_policy_acts_or_ends_the_run(name, line, change, activation, tmp_path):
-    source = (ROOT / f"{name}.py").read_text()
-    assert line in source
-    (tmp_path / "my_ablation.py").write_text(source.replace(line, change))
-    command = [sys.executable, "my_ablation.py", *TINY, "--activation", activation]
+@pytest.mark.parametrize("seeds", [[], SEVERAL])
+def test_weights_that_change_behind_a_recording_s_back_end_the_run(seeds, tmp_path):
+    """A policy that is not the one that learns, from the middle of a rollout on, has acted: nobody learns from that."""
+    source, line = (ROOT / "ppo_mujoco.py").read_text(), "        dones[step] = done = terminated | truncated\n"
+    start = "        transitions, ended = rollout("
+    assert line in source and start in source
+    source = source.replace(start, f"        ITERATION = iteration\n{start}")
+    change = "        if ITERATION == 3 and step == 20:\n            SHIFT[0] = 0.5\n"
+    source = source.replace(line, line + change).replace("def act(agent", "SHIFT = [0.0]\n\n\ndef act(agent")
+    source = source.replace(
+        "    return sample(agent.policy(obs).output, noise)",
+        "    return sample(agent.policy(obs).output + SHIFT[0], noise)",
+    )
+    (tmp_path / "my_ablation.py").write_text(source)
+    command = [sys.executable, "my_ablation.py", *TINY, *seeds]
     done = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
     )
-    if activation == "GELU":  # which PyTorch computes
-        assert done.returncode == 0 and not done.stderr
-    else:
-        assert done.returncode == 1 and "is numpy_act its network?) in iteration 1; runs/" in done.stderr
-        assert done.stderr.count("\n") == len(list((tmp_path / "runs").iterdir()))
+    assert done.returncode == 1 and "what changes within a rollout needs --no-record in iteration 3" in done.stderr
+    assert done.stderr.count("\n") == len(list((tmp_path / "runs").iterdir())) == (len(seeds) - 1 if seeds else 1)
 
 
 PATCHED = """
@@ -314,7 +329,7 @@ def test_a_broken_simulation_ends_the_run_at_its_last_good_state(which, what, tm
 
 def test_a_broken_simulation_ends_its_own_seed_alone(tmp_path):
     flags = ["--seeds", "3", "7", "11", "--diagnostics-interval", "2", *LONG]
-    done = run_broken(tmp_path, "ppo_mujoco_multiseed", 0, 3, BROKEN, *flags)
+    done = run_broken(tmp_path, "ppo_mujoco", 0, 3, BROKEN, *flags)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert "observation of environment 1 in step 8 of the rollout is not finite in iteration 62" in done.stderr
     for run in (tmp_path / "runs").iterdir():
@@ -329,11 +344,10 @@ def test_a_broken_simulation_ends_its_own_seed_alone(tmp_path):
         assert max(step for step, _ in points) <= state["global_step"] + (32 if broken else 0)
 
 
-@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed"])
-def test_a_loss_that_is_not_finite_ends_the_run_at_its_last_good_state(name, tmp_path):
-    flags = [*TINY, "--learning-rate", "1e6", "--activation", "ReLU", "--no-norm-adv"]
-    flags += ["--seeds", "1", "2"] if "multi" in name else []
-    done, _ = run_script(name, tmp_path, *flags, code=1)
+@pytest.mark.parametrize("seeds", [[], SEVERAL])
+def test_a_loss_that_is_not_finite_ends_the_run_at_its_last_good_state(seeds, tmp_path):
+    flags = [*TINY, "--learning-rate", "1e6", "--activation", "ReLU", "--no-norm-adv", *seeds]
+    done, _ = run_script("ppo_mujoco", tmp_path, *flags, code=1)
     runs = list((tmp_path / "runs").iterdir())
     assert done.stderr.count("\n") == len(runs) and done.stderr.count("is not finite in iteration") == len(runs)
     for run in runs:
@@ -356,7 +370,7 @@ def test_a_policy_that_is_not_finite_is_named_before_it_acts(tmp_path):
 
 def test_many_seeds_are_tracked_as_a_run_each(tmp_path):
     flags = ["--seeds", "1", "2", "--track", "--wandb-mode", "offline"]
-    run_script("ppo_mujoco_multiseed", tmp_path, *TINY, *flags)
+    run_script("ppo_mujoco", tmp_path, *TINY, *flags)
     runs = list((tmp_path / "runs").iterdir())
     assert len(runs) == 2
     for run in runs:
@@ -418,43 +432,43 @@ WRONG = [
     ("--frame-skip 2", "--frame-skip"),
 ]
 WRONG_SEEDS = [
-    ("--seeds 1 1", "all different"),
+    ("--seeds 1 1", "must be different numbers"),
     ("--seeds -1", "--seeds"),
     ("--seeds 3000000000", "at most 2147483647"),
     ("--seeds x", "--seeds"),
-    ("--seed 1", "--seed"),
+    ("--seed 9 --seeds 1 2", "--seed 9: must not go with --seeds"),
 ]
 
 
 @pytest.mark.parametrize("flags, said", WRONG)
-@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed"])
-def test_bad_input_is_refused(monkeypatch, capsys, name, flags, said):
-    message = refusal(monkeypatch, capsys, name, flags.split())
+@pytest.mark.parametrize("seeds", [[], SEVERAL])
+def test_bad_input_is_refused(monkeypatch, capsys, seeds, flags, said):
+    message = refusal(monkeypatch, capsys, "ppo_mujoco", [*flags.split(), *seeds])
     assert said in message and flags.split()[0] in message
 
 
 @pytest.mark.parametrize("flags, said", WRONG_SEEDS)
 def test_bad_seeds_are_refused(monkeypatch, capsys, flags, said):
-    assert said in refusal(monkeypatch, capsys, "ppo_mujoco_multiseed", flags.split())
+    assert said in refusal(monkeypatch, capsys, "ppo_mujoco", flags.split())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed"])
+@pytest.mark.parametrize("seeds", [[], SEVERAL])
 @pytest.mark.parametrize("flags", [[], ["--compile"], ["--torch-deterministic"]])
-def test_runs_on_cuda(tmp_path, name, flags):
-    _, run = run_script(name, tmp_path, *TINY, "--device", "cuda", *flags)
+def test_runs_on_cuda(tmp_path, seeds, flags):
+    _, run = run_script("ppo_mujoco", tmp_path, *TINY, *seeds, "--device", "cuda", *flags)
     assert load(run / "checkpoints" / "640.pt")["global_step"] == 640
 
 
 @pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs an MPS device")
-@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed"])
-def test_runs_on_mps(tmp_path, name):
-    _, run = run_script(name, tmp_path, *TINY, "--device", "mps")
+@pytest.mark.parametrize("seeds", [[], SEVERAL])
+def test_runs_on_mps(tmp_path, seeds):
+    _, run = run_script("ppo_mujoco", tmp_path, *TINY, *seeds, "--device", "mps")
     assert load(run / "checkpoints" / "640.pt")["global_step"] == 640
 
 
-@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed"])
-def test_compiled_run(name, tmp_path):
+@pytest.mark.parametrize("seeds", [[], SEVERAL])
+def test_compiled_run(seeds, tmp_path):
     """The whole script compiled: the losses of its last minibatch are those of the plain run."""
     try:
         script.check_args(script.Args(compile=True))
@@ -463,6 +477,6 @@ def test_compiled_run(name, tmp_path):
     last = []
     for kind, flags in (("plain", []), ("compiled", ["--compile"])):
         (tmp_path / kind).mkdir()
-        _, run = run_script(name, tmp_path / kind, *TINY[:-1], "256", *flags)
+        _, run = run_script("ppo_mujoco", tmp_path / kind, *TINY[:-1], "256", *flags, *seeds)
         last.append([scalars_of(run)[f"losses/last_minibatch/{x}"][0][1] for x in ("policy_loss", "value_loss")])
     assert last[1] == pytest.approx(last[0], rel=1e-3, abs=1e-4)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from common.batch import Batch, Optimizers
+
 CLASSIC = "--frame-skip 4 --repeat-action-probability 0 --noop-max 30 --fire-reset --episodic-life "
 CLASSIC += "--layer-init orthogonal --anneal-lr --clip-vloss --adam-eps 1e-5 --vf-coef 0.5 "
 SIZES = "--env-id Breakout-v5 --num-envs 2 --num-steps 8 --minibatch-size 8 --update-epochs 2 --total-timesteps 64"
@@ -214,13 +216,20 @@ def test_update_phase_on_mujoco_against_a_plain_computation(shared, monkeypatch,
     start = {key: x.detach().clone() for key, x in agent.named_parameters()}
     order = torch.cat([torch.randperm(16) for _ in range(args.update_epochs)]).split(8)
     optimizers = script.make_optimizers(agent, args)
-    differentiate = script.recorded_gradients(
-        lambda mb, kl_coef, everything: script.gradients(agent, script.losses, mb, kl_coef, args, everything)
+    together = Batch([agent])
+    of_one = together.each(lambda agent, mb, kl_coef: script.losses(agent, mb, kl_coef, args))
+    step = Optimizers(together, [optimizers]).step
+    differentiate = script.Differentiate(
+        together,
+        lambda mb, kl_coef, everything: script.gradients(together, of_one, mb, kl_coef, args),
+        *(vars(args), together.state, pytest.fail, False),
     )
     logged = []
     for mb_inds in order:
-        mb = {key: x[mb_inds] for key, x in batch.items()}
-        row = script.update(differentiate, optimizers, mb, torch.tensor(0.0))
+        mb = {key: x[mb_inds].unsqueeze(0) for key, x in batch.items()}
+        # Unchecked: TorchScript rounds the last digit of float64 otherwise, not that of float32
+        grad, row = differentiate(mb, torch.zeros(1), True, plain=False, checked=False, trial=False)
+        step(grad, [0])
         logged.append({key: x.item() for key, x in row.items()})
 
     # The plain side
