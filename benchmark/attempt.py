@@ -133,7 +133,7 @@ def is_of(unit, seed, checkpoint):
     A folder's name doesn't tell: a run that was started by hand may have the name, and other arguments.
     """
     was, script = checkpoint["args"], unit.command[1]
-    if checkpoint["script"] not in (script, script.replace("_multiseed.py", ".py")):
+    if checkpoint["script"] != script:
         return False
     said = {name.replace("-", "_"): words for name, words in flags_of(unit.command[2:]).items()}
     apart = MAY_DIFFER | {"seeds"}

@@ -65,14 +65,16 @@ TAGS = (
 )
 
 PAPER_STEPS = {"Atari": 32_552 * 1024 * 3, "MuJoCo": 2_441 * 2048}  # environment steps of the paper's runs
+# The last one is ppo_mujoco.py --seeds as older revisions called it.
 SCRIPTS = ("ppo_atari", "ppo_atari_2models", "ppo_pfo_atari", "ppo_mujoco", "ppo_mujoco_multiseed")
 INTERVENTIONS = ("none", "PFO last", "PFO all", "reset Adam", "Adam betas", "shared trunk")
 # A run is of the curve that these name; what else its arguments say must agree within a curve.
 SETTING = ("source", "suite", "env_id", "activation", "schedule", "epochs", "intervention")
 # The arguments that leave what is learned alone, and those that SETTING stands for
 _APART = {
-    *("exp_name", "script", "seed", "seeds", "num_seeds", "device", "compile", "torch_deterministic", "torch_threads"),
-    *("track", "save_model", "resume", "capture_video", "diagnostics_interval", "checkpoint_interval"),
+    *("exp_name", "script", "seed", "seeds", "num_seeds", "device", "compile", "record"),
+    *("torch_deterministic", "torch_threads", "track", "save_model", "resume", "capture_video"),
+    *("diagnostics_interval", "checkpoint_interval"),
     *("env_id", "activation", "anneal_lr", "cosine_lr", "update_epochs"),
     *("reset_optimizer", "adam_beta1", "adam_beta2", "share_features"),
 }

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from benchmark.attempt import GRACE, REFUSED, ROOT, Unit, flags_of, next_command, states_of, tail
+from benchmark.attempt import GRACE, REFUSED, ROOT, Unit, defaults_of, flags_of, next_command, states_of, tail
 from common.run import MAY_DIFFER, check_range, fail, parse_args, usable_cores
 
 # A script's line on its progress: steps, unit, and the return among what it shows
@@ -50,7 +50,7 @@ class Args:
     folder: Path = Path(".")
     """runs/ and logs/ are kept in it; all machines of a cluster must see it, and the scripts, under the same path"""
     batch_seeds: bool = False
-    """train the seeds that a command has in common as one batch, with ppo_mujoco_multiseed.py for ppo_mujoco.py"""
+    """train the seeds that a command has in common as one batch, in one process, where its script takes --seeds"""
     cpus_per_run: int = 1
     """cores, and threads, of each process"""
     gpus_per_run: float = 0.0
@@ -122,17 +122,14 @@ def grid(args, more):
         script, flags = parse_command(command, more)
         for name in ("env-id", "seed", "seeds", "resume", *(["update-epochs"] if args.epochs else [])):
             if name in flags:
-                fail(f"--commands {command!r}: --{name} is set for each run here, and must not stand in a command")
+                hint = "; for a batch of seeds give --batch-seeds" if name == "seeds" else ""
+                line = f"--{name} is set for each run here, and must not stand in a command{hint}"
+                fail(f"--commands {command!r}: {line}")
         flags |= {"update-epochs": [str(epochs)]} if epochs else {}
         exp_name = experiment_name(script, flags)
         names = tuple(f"{env_id}__{exp_name}__{seed}" for seed in seeds)
-        if args.batch_seeds:
-            batching = script.replace(".py", "_multiseed.py")
-            if not (ROOT / batching).is_file():
-                fail(f"--batch-seeds: {script} can't train several seeds at once, only ppo_mujoco.py can")
-            script = batching
-        if script.endswith("_multiseed.py") and not args.batch_seeds:
-            fail(f"--commands {command!r}: name {script.replace('_multiseed', '')}, and give --batch-seeds")
+        if args.batch_seeds and "seeds" not in defaults_of(script):
+            fail(f"--batch-seeds: {script} can't train several seeds at once, it has no --seeds")
         flags = {"env-id": [env_id], **flags, "exp-name": [exp_name]}
         words = itertools.chain(*([f"--{name}", *values] for name, values in flags.items()))
         log = f"{env_id}__{exp_name}__{'-'.join(map(str, seeds))[:60]}.log"

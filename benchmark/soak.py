@@ -22,13 +22,13 @@ from common.run import check_output, check_range, fail, git_revision, library_ve
 ROOT = Path(__file__).resolve().parent.parent
 ATARI = "--num-envs 2 --num-steps 8 --minibatch-size 16 --update-epochs 1"
 MUJOCO = "--num-steps 16 --minibatch-size 16 --update-epochs 1 --obs-norm-steps 50"
-# Flags of each script, and the environment steps that they make an iteration
+# What is run, the flags that make it tiny, and the environment steps of its iteration
 RUNS = {
     "ppo_atari.py": (ATARI, 48),
     "ppo_atari_2models.py": (ATARI, 48),
     "ppo_pfo_atari.py": (f"{ATARI} --pfo-layers all", 48),
     "ppo_mujoco.py": (MUJOCO, 32),
-    "ppo_mujoco_multiseed.py": (f"{MUJOCO} --seeds 1 2 3", 32),
+    "ppo_mujoco.py --seeds 1 2 3": (MUJOCO, 32),
 }
 LIMIT = 20  # MB of growth
 
@@ -51,10 +51,12 @@ def held(process):
     return memory, len(os.listdir(f"/proc/{process.pid}/fd")), int(fields["Threads"])
 
 
-def readings(script, args):
-    """``{iteration: held}`` of a run of ``script`` in a folder of its own."""
-    flags, steps = RUNS[script]
-    command = [sys.executable, str(ROOT / script), *flags.split(), "--diagnostics-interval", str(args.interval)]
+def readings(run, args):
+    """``{iteration: held}`` of ``run``, one of RUNS, in a folder of its own."""
+    flags, steps = RUNS[run]
+    script, *more = run.split()
+    command = [sys.executable, str(ROOT / script), *more, *flags.split()]
+    command += ["--diagnostics-interval", str(args.interval)]
     found = {}
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+", errors="replace") as errors:
         command += ["--total-timesteps", str(args.iterations * steps)]
@@ -70,7 +72,7 @@ def readings(script, args):
                         found[iteration] = held(process)
         if process.returncode:
             errors.seek(0)
-            fail(f"{script}: {errors.read().strip()[-500:]}", code=1)
+            fail(f"{run}: {errors.read().strip()[-500:]}", code=1)
     return found
 
 
@@ -82,17 +84,17 @@ if __name__ == "__main__":
     if not Path("/proc/self/status").is_file():
         fail("benchmark.soak: reads /proc, which only Linux has")
     rows, leaks = [], []
-    for script in RUNS:
+    for run in RUNS:
         start = time.time()
-        found = readings(script, args)
+        found = readings(run, args)
         after = {iteration: x for iteration, x in found.items() if iteration >= 100}
         memory, files, threads = zip(*after.values(), strict=True)
         growth = max(memory) - memory[0]
         counts = [f"{min(x)}" if min(x) == max(x) else f"{min(x)} to {max(x)}" for x in (files, threads)]
-        rows.append([f"`{script}`", f"{memory[0]:.0f}", f"{memory[-1]:.0f}", f"{growth:.1f}", *counts, len(after)])
+        rows.append([f"`{run}`", f"{memory[0]:.0f}", f"{memory[-1]:.0f}", f"{growth:.1f}", *counts, len(after)])
         rows[-1].append(f"{time.time() - start:.0f}")
         if growth >= LIMIT or len({*files}) > 1 or len({*threads}) > 1:
-            leaks.append(script)
+            leaks.append(run)
         print(*rows[-1], sep="\t", flush=True)
     titles = [
         "script",
