@@ -10,14 +10,16 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["ppo_atari", "ppo_atari_2models", "ppo_pfo_atari", "ppo_mujoco", "ppo_mujoco_multiseed"]
+SCRIPTS = ["ppo_atari", "ppo_atari_2models", "ppo_pfo_atari", "ppo_mujoco"]
+MANY_SEEDS = "ppo_mujoco --seeds"  # ppo_mujoco.py with several seeds as one batch
+KINDS = [*SCRIPTS, MANY_SEEDS]  # of runs
 # Runs of 10 ms an iteration and more, at whose every iteration everything is logged
 SMALL = {
     **dict.fromkeys(SCRIPTS[:3], "--num-envs 2 --num-steps 8 --minibatch-size 16 --update-epochs 1 --seed 7"),
     "ppo_mujoco": "--num-steps 32 --minibatch-size 32 --update-epochs 2 --obs-norm-steps 20 --seed 7",
-    "ppo_mujoco_multiseed": "--num-steps 32 --minibatch-size 32 --update-epochs 2 --obs-norm-steps 20 --seeds 7 3",
+    MANY_SEEDS: "--num-steps 32 --minibatch-size 32 --update-epochs 2 --obs-norm-steps 20 --seeds 7 3",
 }
-STEPS = {**dict.fromkeys(SCRIPTS[:3], 2 * 8 * 3), "ppo_mujoco": 64, "ppo_mujoco_multiseed": 64}  # of an iteration
+STEPS = {**dict.fromkeys(SCRIPTS[:3], 2 * 8 * 3), "ppo_mujoco": 64, MANY_SEEDS: 64}  # of an iteration
 
 # Threads that wait for each other would else keep the cores that other tests run on.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -26,8 +28,13 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["ppo_mujoco", "torch._dynamo", "forked", "test_scripts", *SCRIPTS])
 
 
+def script_of(name):
+    """The script that makes runs of the kind ``name``, without .py."""
+    return name.split()[0]
+
+
 def small(name, iterations):
-    """The flags of a small run."""
+    """The flags of a small run of the kind ``name``, one of KINDS."""
     return [*SMALL[name].split(), "--total-timesteps", str(iterations * STEPS[name]), "--diagnostics-interval", "1"]
 
 
@@ -47,8 +54,9 @@ def _main(path, folder, flags, code, environment):
 
 @contextlib.contextmanager
 def started(name, folder, flags, code="", **environment):
-    """A script's process; its output is in ``folder``/log. ``code`` runs in it before the script."""
-    process = context.Process(target=_main, args=(str(ROOT / f"{name}.py"), folder, flags, code, environment))
+    """The process of a kind of run; its output is in ``folder``/log. ``code`` runs in it before the script."""
+    path = str(ROOT / f"{script_of(name)}.py")
+    process = context.Process(target=_main, args=(path, folder, flags, code, environment))
     process.start()
     try:
         yield process
@@ -79,4 +87,5 @@ def send(process, number):
     return process.exitcode
 
 
-__all__ = ["ROOT", "SCRIPTS", "STEPS", "run", "send", "signal", "small", "started", "wait_for"]
+__all__ = ["KINDS", "MANY_SEEDS", "ROOT", "SCRIPTS", "STEPS", "run", "script_of", "send", "signal", "small", "started"]
+__all__ += ["wait_for"]

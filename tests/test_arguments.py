@@ -24,6 +24,7 @@ WRONG = {
     "device": ["tpu", "cuda:99", "cuda:007", "cuda:-1", "CPU", ""],
     "torch_deterministic": SWITCH,
     "compile": SWITCH,
+    "precision": ["", "bf16", "float16", "Float32"],
     "track": SWITCH,
     "wandb_project_name": ["", "a/b", "what?", "x" * 200],
     "wandb_entity": ["", "a/b", "two words"],
@@ -74,6 +75,7 @@ WRONG = {
     "target_kl": COEFFICIENT,
     # MuJoCo
     "seeds": ["-1", "x", "1 1", "2147483648", "1.5"],
+    "record": SWITCH,
     "torch_threads": [*SIZE, "1025"],
     "obs_norm_steps": ["1", *COUNT],
     "hidden_sizes": ["0", "-1", "64 x", "64 0", "1.5", "100001"],

@@ -408,7 +408,7 @@ def state_of(name, state):
     module = importlib.import_module(name)
     flags = {"num_envs": 2, "num_steps": 8, "minibatch_size": 16, "total_timesteps": 10**4}
     if "mujoco" in name:
-        module, flags = script, {**flags, "hidden_sizes": (4, 4)}
+        flags["hidden_sizes"] = (4, 4)
     args = module.Args(**flags)
     module.check_args(args)
     if "mujoco" in name:

@@ -4,7 +4,7 @@ With one thread of PyTorch's, and of a script of each kind with two.
 """
 
 import pytest
-from forked import SCRIPTS, run, small
+from forked import KINDS, MANY_SEEDS, run, small
 from test_scripts import scalars_of
 
 THREADS = """
@@ -14,7 +14,7 @@ envpool.make = lambda *args, **kwargs: make(*args, **{**kwargs, "num_threads": C
 """
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", KINDS)
 def test_the_same_seed_gives_the_same_bits(name, tmp_path):
     flags = [*small(name, 8), "--num-envs", "4", "--anneal-lr", "--checkpoint-interval", "0.25"]  # 4 iterations
     patch = THREADS
@@ -30,7 +30,7 @@ def test_the_same_seed_gives_the_same_bits(name, tmp_path):
         code, said = run(name, folder, flags, patch.replace("COUNT", folder.name))
         assert code == 0, said
     first, *others = [sorted(folder.glob("runs/*")) for folder in folders]
-    assert len(first) == (2 if "multi" in name else 1)
+    assert len(first) == (2 if name == MANY_SEEDS else 1)
     for other in others:
         for mine, theirs in zip(first, other, strict=True):
             files = sorted(path.name for path in mine.glob("checkpoints/*"))

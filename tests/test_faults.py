@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from forked import ROOT, SCRIPTS, STEPS, run, send, small, started, wait_for
+from forked import KINDS, MANY_SEEDS, ROOT, STEPS, run, script_of, send, small, started, wait_for
 from test_resume import MANY, check_logs, latest, resume, runs_in
 from test_scripts import scalars_of
 
@@ -24,7 +24,7 @@ if os.geteuid() == 0:
 """
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", KINDS)
 def test_ctrl_c_before_training_costs_a_line(name, tmp_path):
     interrupt = "import envpool, signal; envpool.make = lambda *args, **kwargs: signal.raise_signal(signal.SIGINT)"
     assert run(name, tmp_path, small(name, 1), interrupt) == (130, "error: interrupted before training began\n")
@@ -68,7 +68,7 @@ def small_disk(folder, size):
 
 
 @pytest.mark.skipif(not shutil.which("mount"), reason="needs mount")
-@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed"])
+@pytest.mark.parametrize("name", ["ppo_mujoco", MANY_SEEDS])
 def test_a_full_disk(name, tmp_path):
     with small_disk(tmp_path / "runs", "100m"):
         filler = tmp_path / "runs" / "Filler__x__0__0"
@@ -83,7 +83,7 @@ def test_a_full_disk(name, tmp_path):
 
 
 @POSIX
-@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed", "ppo_pfo_atari"])
+@pytest.mark.parametrize("name", ["ppo_mujoco", MANY_SEEDS, "ppo_pfo_atari"])
 def test_a_file_size_limit(name, tmp_path):
     unlimited = resource.RLIM_INFINITY
 
@@ -145,7 +145,7 @@ def test_a_run_without_access_is_passed_over_or_refused(tmp_path):
 
 
 @POSIX
-@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed", "ppo_atari"])
+@pytest.mark.parametrize("name", ["ppo_mujoco", MANY_SEEDS, "ppo_atari"])
 def test_a_run_that_stops_without_a_checkpoint_says_so(name, tmp_path):
     with started(name, tmp_path, small(name, MANY)) as process:  # which has only the first
         wait_for(lambda: latest(tmp_path) == 0 and (tmp_path / "log").read_text().count("a second,") > 2, process)
@@ -160,7 +160,7 @@ LIMITED = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (10_000, r
 
 
 @POSIX
-@pytest.mark.parametrize("name", ["ppo_mujoco", "ppo_mujoco_multiseed"])
+@pytest.mark.parametrize("name", ["ppo_mujoco", MANY_SEEDS])
 def test_a_state_that_is_not_saved_is_not_claimed(name, tmp_path):
     flags = ["--learning-rate", "1e6", "--hidden-sizes", *["64"] * 8, "--activation", "ReLU"]
     code, said = run(name, tmp_path, [*small(name, 20), *flags], LIMITED)
@@ -329,9 +329,9 @@ imageio.get_writer = lambda *args, **kwargs: Film()
 """
 
 
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "ppo_atari_2models"])
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "ppo_atari_2models"])
 def test_a_video_that_cant_be_written_costs_a_line(name, tmp_path):
-    if "mujoco" in name and not __import__(name).can_render("Hopper-v4"):
+    if "mujoco" in name and not __import__(script_of(name)).can_render("Hopper-v4"):
         pytest.skip("no EGL here")
     flags = [*small(name, 2), "--eval-episodes", "1", "--capture-video"]
     code, said = run(name, tmp_path, flags, BROKEN_FILM)

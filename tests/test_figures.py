@@ -934,7 +934,7 @@ def test_what_was_refused_while_reading_is_listed(tmp_path):
     assert "neither a run" in listed.loc[str(tmp_path / "runs" / "notes.txt"), "reason"]
 
 
-@pytest.mark.parametrize("script", ["ppo_atari", "ppo_mujoco_multiseed"])
+@pytest.mark.parametrize("script", ["ppo_atari", "ppo_mujoco"])
 def test_real_runs_are_read(tmp_path, script):
     """Of the scripts themselves, under another name: which script it was is told all the same."""
     flags = ["--num-envs", "2", "--num-steps", "32", "--minibatch-size", "32", "--exp-name", "mine", "--anneal-lr"]

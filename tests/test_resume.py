@@ -11,7 +11,7 @@ import struct
 
 import pytest
 import torch
-from forked import SCRIPTS, STEPS, run, send, small, started, wait_for
+from forked import KINDS, MANY_SEEDS, STEPS, run, script_of, send, small, started, wait_for
 from tensorboard.compat.proto.event_pb2 import Event
 from test_scripts import load, same, scalars_of
 
@@ -19,7 +19,6 @@ from common.checkpoint import BadCheckpoint, load_checkpoint
 from common.run import read_checkpoint
 
 TIMED = ("time/", "charts/SPS", "charts/FPS")
-MULTI = "ppo_mujoco_multiseed"
 MANY = 100_000  # iterations, more than any test waits for
 
 
@@ -70,7 +69,7 @@ def check_logs(name, folder, iterations):
         assert not list(path.rglob("*.tmp"))
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
+@pytest.fixture(scope="module", params=KINDS)
 def finished(request, tmp_path_factory):
     """A finished run of each script, of five iterations: its name and folder."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -140,9 +139,7 @@ def test_a_run_grows_twice_alike(finished, tmp_path):
 
 def test_restoring_gives_back_what_was_saved(finished):
     name, folder = finished
-    if name == MULTI:
-        name = "ppo_mujoco"
-    script = importlib.import_module(name)
+    script = importlib.import_module(script_of(name))
     state = read_checkpoint(runs_in(folder)[0] / "checkpoints" / "latest.pt", kl_coef=float)
     args = script.Args()
     torch.manual_seed(0)
@@ -165,7 +162,7 @@ def test_auto_without_an_unfinished_run_starts_one(finished_once, tmp_path):
     assert len(runs_in(tmp_path)) == 2 * len(runs_in(folder))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_signal_ends_a_run_in_order(tmp_path, name):
     flags = [*small(name, MANY), "--checkpoint-interval", "1e-5"]
     with started(name, tmp_path, flags) as process:
@@ -214,7 +211,9 @@ def logged(path):
     return last
 
 
-@pytest.mark.parametrize("name, kills, total", [("ppo_mujoco", 20, 400), (MULTI, 8, 160), ("ppo_pfo_atari", 5, 60)])
+@pytest.mark.parametrize(
+    "name, kills, total", [("ppo_mujoco", 20, 400), (MANY_SEEDS, 8, 160), ("ppo_pfo_atari", 5, 60)]
+)
 def test_kills_at_random_moments_lose_nothing_that_was_saved(tmp_path, name, kills, total):
     """kill -9 at any moment, from the start of the process on; each time the run goes on, and then to its end."""
     chance, reached = random.Random(7), 0
@@ -259,7 +258,7 @@ Path.unlink, Path.rename = deadly(Path.unlink), deadly(Path.rename)
 """
 
 
-@pytest.mark.parametrize("name", ["ppo_mujoco", MULTI])
+@pytest.mark.parametrize("name", ["ppo_mujoco", MANY_SEEDS])
 def test_a_kill_between_any_two_steps_of_a_checkpoint(tmp_path, name):
     """One after the other, at each call with which a checkpoint or a resumed run's cleaning up changes files."""
     flags = [*small(name, MANY), "--checkpoint-interval", "1e-5"]
@@ -300,7 +299,7 @@ def test_arguments_that_contradict_are_refused_by_name(finished_once):
     name, folder = finished_once
     before = {path: path.read_bytes() for path in folder.glob("runs/**/*") if path.is_file()}
     wrong = [["--gamma", "0.5"], ["--total-timesteps", str(4 * STEPS[name])], ["--no-anneal-lr"], ["--exp-name", "x"]]
-    wrong += [["--num-envs", "4"], ["--seeds", "1", "2"] if name == MULTI else ["--seed", "8"]]
+    wrong += [["--num-envs", "4"], ["--seeds", "1", "2"] if name == MANY_SEEDS else ["--seed", "8"]]
     for flags in wrong:
         code, said = run(name, folder, [*resume(folder), *flags])
         assert code == 2 and said.count("\n") == 1 and said.startswith("error: "), said
@@ -318,7 +317,7 @@ def test_checkpoints_of_other_revisions(finished_once, tmp_path):
         torch.save({**state, "args": {**args, "new_coef": 0.5}}, path)
     total, count = ["--total-timesteps", str(6 * STEPS[name])], len(runs_in(tmp_path))
     code, said = run(name, tmp_path, [*resume(tmp_path), *total, "--layer-init", "orthogonal"])
-    default = importlib.import_module(name).Args.layer_init
+    default = importlib.import_module(script_of(name)).Args.layer_init
     assert code == 2 and "--layer-init orthogonal: contradicts" in said and f"with {default}\n" in said, said
     code, said = run(name, tmp_path, [*resume(tmp_path), *total])
     older = f"from before these flags, and the run goes on with --eval-interval 0.0, --layer-init {default}\n"
@@ -349,23 +348,23 @@ def test_flags_that_may_differ(finished_once, tmp_path):
 
 
 def test_a_run_of_several_seeds_and_runs_of_one_are_exchangeable(tmp_path):
-    assert run(MULTI, tmp_path, small(MULTI, 3))[0] == 0
-    total = ["--total-timesteps", str(4 * STEPS[MULTI])]
+    assert run(MANY_SEEDS, tmp_path, small(MANY_SEEDS, 3))[0] == 0
+    total = ["--total-timesteps", str(4 * STEPS[MANY_SEEDS])]
     for path in runs_in(tmp_path):
         code, said = run("ppo_mujoco", tmp_path, ["--resume", f"runs/{path.name}", *total])
         assert code == 0 and "resumed from latest.pt" in said, said
-    total = ["--total-timesteps", str(5 * STEPS[MULTI])]
-    code, said = run(MULTI, tmp_path, [*resume(tmp_path), *total])
+    total = ["--total-timesteps", str(5 * STEPS[MANY_SEEDS])]
+    code, said = run(MANY_SEEDS, tmp_path, [*resume(tmp_path), *total])
     assert code == 0 and said.count("resumed from latest.pt") == 2, said
-    check_logs(MULTI, tmp_path, 5)
+    check_logs(MANY_SEEDS, tmp_path, 5)
 
 
 def test_seeds_that_stand_apart_are_refused(tmp_path):
-    assert run(MULTI, tmp_path, small(MULTI, 3))[0] == 0
+    assert run(MANY_SEEDS, tmp_path, small(MANY_SEEDS, 3))[0] == 0
     ahead = runs_in(tmp_path)[0]
-    total = ["--total-timesteps", str(9 * STEPS[MULTI])]
+    total = ["--total-timesteps", str(9 * STEPS[MANY_SEEDS])]
     assert run("ppo_mujoco", tmp_path, ["--resume", f"runs/{ahead.name}", *total])[0] == 0
-    code, said = run(MULTI, tmp_path, [*resume(tmp_path), *total])
+    code, said = run(MANY_SEEDS, tmp_path, [*resume(tmp_path), *total])
     assert code == 2 and f"{ahead.name}: stands too far ahead" in said and said.count("\n") == 1, said
 
 

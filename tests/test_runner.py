@@ -152,7 +152,7 @@ def test_the_studies_are_the_papers_grids(study, tmp_path):
         names = {tuple(re.findall(r"--(?:env-id|exp-name) \S+", command)) for command in commands}
         assert len(names) * len(SEEDS) == count  # no two settings share a folder
         if batched:
-            assert all("ppo_mujoco_multiseed.py" in x and x.endswith("--seeds 25 7 64 27 4") for x in commands)
+            assert all("ppo_mujoco.py" in x and x.endswith("--seeds 25 7 64 27 4") for x in commands)
     assert not (tmp_path / "none").exists()
 
 
@@ -201,8 +201,8 @@ def test_a_batch_goes_on_together_where_it_can():
         (["--commands", "python ppo_mujoco.py --seed 1"], "--seed is set for each run here"),
         (["--commands", "python ppo_mujoco.py --resume auto"], "--resume is set for each run here"),
         (["--commands", "python ppo_mujoco.py", "python ppo_mujoco.py --track"], "makes the same runs"),
-        (["--commands", "python ppo_mujoco_multiseed.py"], "give --batch-seeds"),
-        (["--commands", "python ppo_atari.py", "--batch-seeds"], "can't train several seeds"),
+        (["--commands", "python ppo_mujoco.py --seeds 1 2"], "give --batch-seeds"),
+        (["--commands", "python ppo_atari.py", "--batch-seeds"], "ppo_atari.py can't train several seeds"),
         (["--commands", "python ppo_mujoco.py", "--seeds"], "--seeds"),
         (["--commands", "python ppo_mujoco.py", "--seeds", "1", "1"], "--seeds 1 1: must be"),
         (["--commands", "python ppo_mujoco.py", "--seeds", "-1"], "--seeds"),
@@ -272,7 +272,7 @@ def copy_repository(root, **scripts):
     for name in ("benchmark", "common"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
     for name, inserted in scripts.items():
-        source = (ROOT / ("ppo_mujoco_multiseed.py" if "multiseed" in name else "ppo_mujoco.py")).read_text()
+        source = (ROOT / "ppo_mujoco.py").read_text()
         line = "        # Rollout\n"
         assert source.count(line) == 1
         (root / f"{name}.py").write_text(source.replace(line, f"        {inserted}\n{line}"))
@@ -294,7 +294,7 @@ def check_whose_runs_they_are(folder, runs):
         return [changed(state, score=None) for state in found]
 
     assert states() == states("--minibatch-size 50", "--minibatch-size=50 --device cpu --no-anneal-lr") == mine
-    assert states("ppo_mujoco.py", "ppo_mujoco_multiseed.py", batched=True) == mine
+    assert states(batched=True) == states("--total-timesteps 300", "--total-timesteps 300 --no-record") == mine
     for old, new in (
         ("--total-timesteps 300", "--total-timesteps 200"),  # it can't be taken back
         ("--total-timesteps 300", ""),  # the script's default
@@ -372,7 +372,7 @@ def test_an_interrupted_study_goes_on(number, code, tmp_path):
     on_interrupt = signal.SIG_IGN if number == signal.SIGTERM else signal.SIG_DFL
     kill = f"os.kill(os.getpid(), {int(signal.SIGSTOP)})"
     stop = f"if iteration == 5 and not os.path.exists('met'): open('met', 'w').close(), {kill}"
-    root = copy_repository(tmp_path / "root", ppo_mujoco=stop, ppo_mujoco_multiseed=stop)
+    root = copy_repository(tmp_path / "root", ppo_mujoco=stop)
     folder, total, good, bad = tmp_path / "study", 800, "python ppo_mujoco.py", "python ppo_mujoco.py --gamma 3"
     commands = [bad, good] if number == signal.SIGTERM else [good]
     options = ["--commands", *commands, "--seeds", "1", "2", "--num-cpus", "1"]
