@@ -176,6 +176,17 @@ def test_every_flag_takes_its_default(name, monkeypatch):
         assert getattr(args, flag) == value
 
 
+def test_a_seed_beside_seeds_is_refused(folder, monkeypatch, capsys):
+    script = importlib.import_module("ppo_mujoco")
+    monkeypatch.setattr(sys, "argv", ["ppo_mujoco.py", "--seed", "8", "--seeds", "7", "3"])
+    with pytest.raises(SystemExit) as stop:
+        script.check_args(script.parse_args(script.Args))
+    said = capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and said == "error: --seed 8: must not go with --seeds; they are all the seeds there are\n"
+    )
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_python_that_leaves_the_scripts_folder_out(name, tmp_path):
     """As ``python -P`` and PYTHONSAFEPATH do."""

@@ -393,6 +393,21 @@ def test_a_run_from_before_a_flag_is_probed_with_its_default(run, capsys):
     assert "from before" not in capsys.readouterr().out
 
 
+def test_a_run_from_before_seeds_that_went_on_is_probed(run, capsys):
+    """Its first checkpoints have the text ``resume``, and lack what the later ones have."""
+    folder, whole = run(), run(name="whole")
+    for step in (0, 128):
+        path = folder / "checkpoints" / f"{step}.pt"
+        checkpoint = torch.load(path, weights_only=True)
+        args = {name: x for name, x in checkpoint["args"].items() if name not in ("seeds", "record")}
+        torch.save({**checkpoint, "args": {**args, "resume": ""}}, path)
+    for step in (256, 384):
+        path = folder / "checkpoints" / f"{step}.pt"
+        checkpoint = torch.load(path, weights_only=True)
+        torch.save({**checkpoint, "args": {**checkpoint["args"], "resume": ("runs/RUN",)}}, path)
+    assert probe(folder) and probe(whole) and table(folder) == table(whole) and len(table(folder)) == 8
+
+
 @pytest.mark.parametrize("changes", [{"seed": 8}, {"activation": "ReLU"}, {"update_epochs": 20}])
 def test_a_foreign_checkpoint_is_no_part_of_the_run(run, changes, capsys):
     """Not even as the first one, which would act for all: the run is what most checkpoints are of."""

@@ -353,10 +353,58 @@ def test_a_run_of_several_seeds_and_runs_of_one_are_exchangeable(tmp_path):
     for path in runs_in(tmp_path):
         code, said = run("ppo_mujoco", tmp_path, ["--resume", f"runs/{path.name}", *total])
         assert code == 0 and "resumed from latest.pt" in said, said
+        args = load(path / "checkpoints" / "latest.pt")["args"]
+        assert (args["seed"], args["seeds"]) == (int(path.name.split("__")[2]), ())
     total = ["--total-timesteps", str(5 * STEPS[MANY_SEEDS])]
     code, said = run(MANY_SEEDS, tmp_path, [*resume(tmp_path), *total])
     assert code == 0 and said.count("resumed from latest.pt") == 2, said
     check_logs(MANY_SEEDS, tmp_path, 5)
+
+
+def older(folder):
+    """Make the checkpoints of the runs in ``folder`` those of a revision before --seeds and --record."""
+    for path in folder.glob("runs/*/checkpoints/*.pt"):
+        state = load(path)
+        args = {name: x for name, x in state["args"].items() if name not in ("seeds", "record")}
+        torch.save({**state, "args": {**args, "resume": ""}}, path)
+
+
+@pytest.mark.parametrize("name", ["ppo_mujoco", MANY_SEEDS])
+def test_a_run_of_a_revision_before_seeds_goes_on(tmp_path, name):
+    """By its folder and by auto, where ``resume`` was text, and ``seeds`` and ``record`` were not there."""
+    assert run(name, tmp_path, small(name, 3))[0] == 0
+    before = runs_in(tmp_path)
+    for path in before:  # as if it had been killed in its last iteration
+        for last in ("latest", str(3 * STEPS[name])):
+            (path / "checkpoints" / f"{last}.pt").unlink()
+    older(tmp_path)
+    code, said = run(name, tmp_path, [*small(name, 3), "--resume", "auto"])
+    assert code == 0 and f"--resume auto: goes on with runs/{before[-1].name}" in said, said
+    check_logs(name, tmp_path, 3)
+    older(tmp_path)
+    code, said = run(name, tmp_path, [*resume(tmp_path), "--total-timesteps", str(4 * STEPS[name])])
+    assert code == 0 and said.count("resumed from latest.pt") == len(before), said
+    assert runs_in(tmp_path) == before
+    check_logs(name, tmp_path, 4)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--seed", "8"], "--seed 8: contradicts the run that is resumed: runs/RUN was started with 7"),
+        (["--seeds", "7", "8"], "--resume runs/RUN: must be auto, or a run's folder for each of 2 seeds"),
+        (["--seed", "8", "--seeds", "7", "3"], "--seed 8: must not go with --seeds"),
+    ],
+)
+def test_a_run_of_one_seed_goes_on_with_no_other(tmp_path, flags, said):
+    assert run("ppo_mujoco", tmp_path, small("ppo_mujoco", 2))[0] == 0
+    (folder,) = runs_in(tmp_path)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    total = ["--total-timesteps", str(4 * STEPS["ppo_mujoco"])]
+    code, printed = run("ppo_mujoco", tmp_path, ["--resume", f"runs/{folder.name}", *total, *flags])
+    assert code == 2 and said.replace("RUN", folder.name) in printed and printed.count("\n") == 1, printed
+    assert runs_in(tmp_path) == [folder]
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_seeds_that_stand_apart_are_refused(tmp_path):
