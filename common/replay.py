@@ -6,7 +6,6 @@ Python's values: they are as they were when it was made. So it is made anew when
 has changed, it is compared with the plain code, and it gives way to it where the two differ.
 """
 
-import functools
 import operator
 import warnings
 
@@ -200,7 +199,7 @@ IN_NUMPY = {
     aten.mm.default: np.matmul,
     aten.bmm.default: np.matmul,
     aten.add.Tensor: _add,
-    aten.sub.Tensor: functools.partial(np.subtract),
+    aten.sub.Tensor: np.subtract,
     aten.mul.Tensor: np.multiply,
     aten.div.Tensor: np.true_divide,
     aten.addcmul.default: lambda x, y, z: x + y * z,

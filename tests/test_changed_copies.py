@@ -49,7 +49,9 @@ CHANGES = {
         (SUM, SUM.replace(",", " + COEF * policy.output.square().mean(),")),
         (MINIBATCH, f"            COEF = 1 - k / num_updates\n{MINIBATCH}"),
     ],
-    "branch on data": [(SUM, f"    if value.output.mean() > -100:\n        a_loss = a_loss + policy.output.square().mean()\n{SUM}")],
+    "branch on data": [
+        (SUM, f"    if value.output.mean() > -100:\n        a_loss = a_loss + policy.output.square().mean()\n{SUM}"),
+    ],
     "SGD": [(ADAM, "tuple(torch.optim.SGD(part.parameters(), lr=1e-2)")],
     "weight decay": [(ADAM, "tuple(torch.optim.AdamW(part.parameters(), **adam, weight_decay=1.0)")],
     "weights clipped": [

@@ -1,0 +1,178 @@
+"""Recordings give what the plain code gives, or give way to it; a batch of modules is the modules one by one."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.batch import Batch, Optimizers
+from common.replay import MAX_REMADE, Replay
+
+
+def replay(plain, reads=None, state=list, **options):
+    said = []
+    return Replay(plain, "it", {} if reads is None else reads, state, said.append, False, **options), said
+
+
+def test_a_value_that_was_named_is_read_anew():
+    reads = {"a": 2.0}
+    run, said = replay(lambda x: (reads["a"] * x,), reads)
+    for a in (2.0, 3.0, 2.0):
+        reads["a"] = a
+        assert run(torch.ones(3))[0].tolist() == [a] * 3
+    assert run.program is not None and not said
+    for k in range(MAX_REMADE + 1):
+        reads["a"] = 10.0 + k
+        assert run(torch.ones(3))[0].tolist() == [10.0 + k] * 3
+    assert run.off and said == ["it runs as plain code, which is slower: a keeps changing, and is no tensor"]
+
+
+def test_a_value_that_nobody_named_is_noticed():
+    hidden = [2.0]
+    run, said = replay(lambda x: (hidden[0] * x,))
+    assert run.checked(torch.ones(3), trial=True)[0].tolist() == [2.0] * 3
+    hidden[0] = 3.0
+    assert not run.agrees(torch.ones(3))
+    assert run.checked(torch.ones(3), trial=False)[0].tolist() == [3.0] * 3 and run(torch.ones(1)).__len__() == 1
+    assert run.agrees(torch.ones(3)) and not said  # recorded anew
+    hidden[0] = 4.0
+    assert run.checked(torch.ones(3), trial=True)[0].tolist() == [4.0] * 3
+    assert run.off and "reads what changes from call to call" in said[0]
+
+
+@pytest.mark.parametrize(
+    "plain, why",
+    [
+        (lambda x: (x * 2 if x.sum() > 0 else x,), "can't be recorded"),
+        (lambda x: (x * torch.rand(()),), "draws random numbers"),
+    ],
+)
+def test_what_cannot_be_recorded_runs_as_it_is(plain, why):
+    run, said = replay(plain)
+    torch.manual_seed(0)
+    mine = run.checked(torch.ones(3), trial=True)[0]
+    torch.manual_seed(0)
+    assert torch.equal(mine, plain(torch.ones(3))[0]) and run.off
+    assert len(said) == 1 and why in said[0]
+
+
+def test_buffers_that_change_are_noticed():
+    norm = nn.BatchNorm1d(4)
+    run, said = replay(lambda x: (norm(x),), state=lambda: list(norm.buffers()))
+    run.checked(torch.randn(8, 4), trial=True)
+    assert norm.num_batches_tracked == 1 and run.off and "buffers of its own" in said[0]
+
+
+@given(
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 7),
+    activation=st.sampled_from([torch.tanh, torch.relu, torch.nn.functional.softplus, torch.exp]),
+    seed=st.integers(0, 2**31),
+)
+def test_numpy_computes_what_torch_does(rows, columns, activation, seed):
+    torch.manual_seed(seed)
+    weight, bias = torch.randn(6, columns), torch.randn(6)
+
+    def plain(x):
+        a, b = activation(torch.nn.functional.linear(x, weight, bias)).chunk(2, dim=-1)
+        return (torch.addcmul(a, b, b).clamp(-3, 3) / 2 - 1, (a - b).unsqueeze(0))
+
+    run, _ = replay(torch.no_grad()(plain), in_numpy=True)
+    run(torch.randn(rows, columns))
+    assert run.tolerance
+    weight.mul_(0.5)
+    x = torch.randn(rows, columns)
+    for mine, theirs in zip(run(x), plain(x), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def modules(count, shared=False):
+    torch.manual_seed(1)
+    found = [nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)) for _ in range(count)]
+    for module in found if shared else ():  # a module in two places, and a parameter in two modules
+        module.extend([module[1], nn.Linear(2, 2)])
+        module[4].bias = module[2].bias
+    return found, copy.deepcopy(found)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_batch_is_its_modules(shared):
+    mine, theirs = modules(3, shared)
+    batch, x = Batch(mine, pytest.fail), torch.randn(3, 7, 3)
+    loss = batch.each(lambda module, x: module(x).square().mean())(x)
+    grads = batch.gradients(loss)
+    for s, module in enumerate(theirs):
+        expected = module(x[s]).square().mean()
+        own = torch.autograd.grad(expected, list(module.parameters()))
+        assert loss[s].item() == pytest.approx(expected.item(), rel=1e-5)
+        for grad, other in zip(grads, own, strict=True):
+            torch.testing.assert_close(grad[s], other, rtol=1e-4, atol=1e-6)
+        assert all(torch.equal(p, q) for p, q in zip(mine[s].parameters(), module.parameters(), strict=True))
+    pieces = batch.pieces(batch.flat(grads))
+    assert all(torch.equal(one, other) for one, other in zip(pieces, grads, strict=True))
+    mine[1][0].weight.data = torch.full((5, 3), 0.25)
+    batch.adopt()
+    changed = batch.each(lambda module, x: module(x).sum())(x)
+    assert changed[1].item() == pytest.approx(mine[1](x[1]).sum().item(), rel=1e-4)
+    assert (batch.pieces(batch.rows)[0][1] == 0.25).all()
+
+
+def adam(module):
+    return (torch.optim.Adam(module.parameters(), lr=1e-2, fused=True),)
+
+
+def two_adams(module):
+    one = torch.optim.Adam(module[0].parameters(), lr=1e-2, fused=True, weight_decay=0.1)
+    return one, torch.optim.Adam(module[2].parameters(), lr=1e-2, fused=True, weight_decay=0.1)
+
+
+def adam_w(module):
+    return (torch.optim.AdamW(module.parameters(), lr=1e-2, fused=True, weight_decay=0.1),)
+
+
+def other_rates(module):
+    one = torch.optim.Adam(module[0].parameters(), lr=1e-2, fused=True)
+    return one, torch.optim.Adam(module[2].parameters(), lr=1e-3, fused=True)
+
+
+def momentum(module):
+    return (torch.optim.SGD(module.parameters(), lr=1e-2, momentum=0.9),)
+
+
+@pytest.mark.parametrize("make", [adam, two_adams, adam_w, other_rates, momentum])
+def test_optimizers_of_a_batch_take_the_steps_of_each(make):
+    mine, theirs = modules(3)
+    batch = Batch(mine)
+    own, other = [make(module) for module in mine], [make(module) for module in theirs]
+    optimizers = Optimizers(batch, own)
+    for k in range(6):
+        grads = [torch.randn_like(x) for x in batch.pieces(batch.rows)]
+        learning = [0, 1, 2] if k < 3 else [0, 2]
+        if k == 2:
+            for optimizer in (*own[0], *other[0]):
+                optimizer.state.clear()
+        if k == 4:  # a state given by somebody else, as a checkpoint gives it
+            for optimizer, copied in zip(own[2], other[2], strict=True):
+                optimizer.load_state_dict(copy.deepcopy(copied.state_dict()))
+        optimizers.step(batch.flat(grads), learning)
+        for s in learning:
+            for p, grad in zip(theirs[s].parameters(), grads, strict=True):
+                p.grad = grad[s].clone()
+            for optimizer in other[s]:
+                optimizer.step()
+        for one, two in zip(mine, theirs, strict=True):
+            for p, q in zip(one.parameters(), two.parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+    fused = make in (adam, two_adams, adam_w)
+    assert fused == all(p.grad is None for module in mine for p in module.parameters())
+
+
+def test_optimizers_must_have_all_parameters():
+    (module,), _ = modules(1)
+    with pytest.raises(ValueError, match="every parameter"):
+        Optimizers(Batch([module]), [(torch.optim.Adam(module[0].parameters(), fused=True),)])
+    assert np.isfinite(module[0].weight.detach().numpy()).all()
