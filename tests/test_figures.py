@@ -934,6 +934,17 @@ def test_what_was_refused_while_reading_is_listed(tmp_path):
     assert "neither a run" in listed.loc[str(tmp_path / "runs" / "notes.txt"), "reason"]
 
 
+def test_runs_of_several_seeds_from_an_older_revision_are_of_the_same_curve(tmp_path):
+    """They name a script of their own, and know nothing of what came with ``record``."""
+    write_run(tmp_path / "runs", seed=1, script="ppo_mujoco_multiseed.py", seeds=(1,))
+    write_run(tmp_path / "runs", seed=2, record=True, seeds=())
+    write_run(tmp_path / "runs", seed=3, record=False, seeds=())
+    runs, left_out, _ = read_runs([str(tmp_path / "runs")])
+    assert len({run.setting for run in runs}) == 1 and {run.intervention for run in runs} == {"none"}
+    assert sorted(run.seed for run in runs) == [1, 2, 3] and not left_out
+    assert poolable(runs) == (runs, []) and poolable(runs[1:]) == (runs[1:], [])
+
+
 @pytest.mark.parametrize("script", ["ppo_atari", "ppo_mujoco"])
 def test_real_runs_are_read(tmp_path, script):
     """Of the scripts themselves, under another name: which script it was is told all the same."""
