@@ -227,8 +227,9 @@ def check_args(args):
         fail(f"--seeds {seeds}: must be different numbers, each at least 0 and at most {2**31 - 1}")
     if args.seeds and args.seed not in (Args.seed, *args.seeds):
         fail(f"--seed {args.seed}: must not go with --seeds; they are all the seeds there are")
-    if args.resume and args.resume != ("auto",) and len(args.resume) != len(args.seeds or (args.seed,)):
-        fail(f"--resume {' '.join(args.resume)}: must be auto, or a run's folder for each of --seeds")
+    number = len(args.seeds or (args.seed,))
+    if args.resume and args.resume != ("auto",) and len(args.resume) != number:
+        fail(f"--resume {' '.join(args.resume)}: must be auto, or a run's folder for each of {number} seeds")
     check_range(args, "obs_norm_steps", low=2, high=10**7)
     check_range(args, "torch_threads", low=0, high=1024)
     check_range(args, "diagnostics_interval", low=0, high=10**9)

@@ -104,7 +104,7 @@ def parse_args(args_class):
         return args
     was = [_newest_checkpoint(Path(folder)) for folder in folders]
     values = {**_defaults, **was[0]["args"], "resume": resume, "seeds": ()}
-    if len(was) > 1:  # a script that trains several seeds at once goes on with a run of each
+    if len(was) > 1 or getattr(args, "seeds", ()):  # a batch of seeds goes on with a run of each
         values |= {"seed": args_class.seed, "seeds": tuple(one["args"].get("seed") for one in was)}
     kinds = {name: kind for name, kind in typing.get_type_hints(args_class).items() if hasattr(args, name)}
     for name, kind in kinds.items():
@@ -611,7 +611,8 @@ class Run:
                 (self.args, checkpoint["args"], "the checkpoint is from before these flags, and the run goes on with"),
                 (checkpoint["args"], self.args, "the checkpoint has flags unknown here, and the run goes on without"),
             ):
-                if flags := [f"--{name.replace('_', '-')} {x}" for name, x in given.items() if name not in lacking]:
+                others = {name: x for name, x in given.items() if name not in lacking and x != ()}
+                if flags := [f"--{name.replace('_', '-')} {x}" for name, x in others.items()]:
                     self.say(one_line(f"{words} {', '.join(flags)}"[:1000]))
             was, now = checkpoint["args"].get("total_timesteps"), self.args.get("total_timesteps")
             if was != now:

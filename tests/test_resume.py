@@ -392,6 +392,7 @@ def test_a_run_of_a_revision_before_seeds_goes_on(tmp_path, name):
     "flags, said",
     [
         (["--seed", "8"], "--seed 8: contradicts the run that is resumed: runs/RUN was started with 7"),
+        (["--seeds", "8"], "--seed 8: contradicts the run that is resumed: runs/RUN was started with 7"),
         (["--seeds", "7", "8"], "--resume runs/RUN: must be auto, or a run's folder for each of 2 seeds"),
         (["--seed", "8", "--seeds", "7", "3"], "--seed 8: must not go with --seeds"),
     ],
