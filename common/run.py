@@ -627,7 +627,8 @@ class Run:
             self.name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
             self.folder = Path("runs") / self.name
             try:
-                (self.folder / "checkpoints").mkdir(parents=True)
+                self.folder.mkdir(parents=True)
+                (self.folder / "checkpoints").mkdir()
                 break
             except FileExistsError:
                 if not self.folder.is_dir():

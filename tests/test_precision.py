@@ -136,10 +136,10 @@ def loss_and_gradients(script, agent, mb, args):
 def test_losses_and_gradients_agree_with_float32(name, steps):
     """On the same minibatch, at the initial weights and some gradient steps on, over five seeds.
 
-    bfloat16 has 8 bits, a rounding error of 0.2 to 0.4 %. Losses: within 0.5 % or 1e-4. A layer's gradient (weights
-    and bias): the median over seeds of |difference| / |float32's| is at most 10 %; for each seed the cosine is at least
-    0.9 and the norm within 20 %. A gradient can be so far off where the background of the image, seen in hundreds of
-    places, puts a unit next to its kink; in most seeds the error is 1 to 6 %, and 0.3 % in the output layers.
+    bfloat16 has 8 bits, a rounding error of 0.2 to 0.4 %. Losses: within 0.5 % or 1e-4, shares within two samples. A
+    layer's gradient (weights and bias): the median over seeds of |difference| / |float32's| is at most 10 %; for each
+    seed the cosine is at least 0.9 and the norm within 20 %. In most seeds the error is 1 to 6 %, and 0.3 % in the
+    actor's output layer; it is larger where the background of an image puts a unit next to its kink.
     """
     errors = {}
     for seed in range(1, 6):
@@ -151,7 +151,8 @@ def test_losses_and_gradients_agree_with_float32(name, steps):
         expected, layers = loss_and_gradients(script, agent, mb, plain)
         for loss, x in expected.items():
             assert losses[loss].dtype == torch.float32
-            torch.testing.assert_close(losses[loss], x, rtol=5e-3, atol=1e-4)
+            share = loss in ("clipfrac", "pfo_out_of_trust")  # of 64 samples, of which two may lie at the bound
+            torch.testing.assert_close(losses[loss], x, rtol=5e-3, atol=2 / 64 if share else 1e-4)
         for layer, x in layers.items():
             assert gradients[layer].dtype == torch.float32
             assert torch.cosine_similarity(gradients[layer], x, dim=0) > 0.9, layer
