@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from common.batch import Batch, Optimizers
-from common.replay import MAX_REMADE, Replay
+from common.replay import IN_NUMPY, MAX_REMADE, Replay
 
 
 def replay(plain, reads=None, state=list, **options):
@@ -70,7 +72,7 @@ def test_buffers_that_change_are_noticed():
 @given(
     rows=st.integers(1, 5),
     columns=st.integers(1, 7),
-    activation=st.sampled_from([torch.tanh, torch.relu, torch.nn.functional.softplus, torch.exp]),
+    activation=st.sampled_from([torch.tanh, torch.relu, F.softplus, torch.exp]),
     seed=st.integers(0, 2**31),
 )
 def test_numpy_computes_what_torch_does(rows, columns, activation, seed):
@@ -78,7 +80,7 @@ def test_numpy_computes_what_torch_does(rows, columns, activation, seed):
     weight, bias = torch.randn(6, columns), torch.randn(6)
 
     def plain(x):
-        a, b = activation(torch.nn.functional.linear(x, weight, bias)).chunk(2, dim=-1)
+        a, b = activation(F.linear(x, weight, bias)).chunk(2, dim=-1)
         return (torch.addcmul(a, b, b).clamp(-3, 3) / 2 - 1, (a - b).unsqueeze(0))
 
     run, _ = replay(torch.no_grad()(plain), in_numpy=True)
@@ -88,6 +90,53 @@ def test_numpy_computes_what_torch_does(rows, columns, activation, seed):
     x = torch.randn(rows, columns)
     for mine, theirs in zip(run(x), plain(x), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+# Of tensors (N, 4), (4,) and (3, 4), each with another of NumPy's operations
+OPERATIONS = {
+    "products": lambda x, bias, weight: F.linear(x, weight) / F.linear(x, weight, weight.select(1, 0)).exp(),
+    "batched": lambda x, bias, weight: torch.bmm((x * bias).unsqueeze(0), weight.exp().t().unsqueeze(0)),
+    "vmap": lambda x, bias, weight: torch.vmap(F.linear)(x.exp().expand(2, *x.shape), weight.expand(2, 3, 4)),
+    "parts": lambda x, bias, weight: torch.mul(*x.split(2, dim=1)) - (2 * x).select(1, -1).unsqueeze(1),
+    "parts by rows": lambda x, bias, weight: (x + bias).exp().split(1)[-1].squeeze(0) * weight.select(0, -1),
+    "shapes": lambda x, bias, weight: x.exp().view(2, -1).unsqueeze(1).expand(2, 3, 2 * len(x)).transpose(1, 2) + 1,
+    "sums": lambda x, bias, weight: torch.add(x, bias, alpha=3).sub(0.5).addcmul(x, x),
+    "bounds": lambda x, bias, weight: x.relu() + x.clamp(min=-0.5) + x.clamp(max=0.5) + (3 * x).clamp(-1, 1),
+    "powers": lambda x, bias, weight: x.exp().log().tanh() + F.softplus(100 * x),
+}
+
+
+def in_numpy(function):
+    """A recording of a function of one tensor and of two weights, which NumPy is to run, and the weights."""
+    weights = torch.randn(4), torch.randn(3, 4)
+    return replay(torch.no_grad()(lambda x: (function(x, *weights),)), in_numpy=True)[0], weights
+
+
+@given(operation=st.sampled_from([*OPERATIONS]), rows=st.integers(1, 5), draw=st.integers(0, 2**31))
+def test_each_operation_in_numpy_is_torch_s(operation, rows, draw):
+    torch.manual_seed(draw)
+    run, weights = in_numpy(OPERATIONS[operation])
+    run(torch.randn(rows, 4))
+    assert run.program is not None and run.tolerance  # which PyTorch's programs don't need
+    for weight in weights:
+        weight.mul_(0.5)
+    x = torch.randn(rows, 4)
+    torch.testing.assert_close(run(x)[0], run.plain(x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_every_operation_in_numpy_is_tested():
+    reached = set()
+    for function in OPERATIONS.values():
+        graph = make_fx(function)(torch.randn(2, 4), torch.randn(4), torch.randn(3, 4))
+        reached |= {node.target for node in graph.graph.nodes}
+    assert {*IN_NUMPY} <= reached
+
+
+@pytest.mark.parametrize("function", [lambda x, *_: x.sin(), lambda x, *_: x @ torch.ones(4, 2**17)])
+def test_what_numpy_lacks_or_is_slow_at_is_left_to_torch(function):
+    run, _ = in_numpy(function)
+    x = torch.randn(3, 4)
+    assert torch.equal(run(x)[0], function(x)) and run.program is not None and not run.tolerance
 
 
 def modules(count, shared=False):
@@ -169,6 +218,32 @@ def test_optimizers_of_a_batch_take_the_steps_of_each(make):
                 torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
     fused = make in (adam, two_adams, adam_w)
     assert fused == all(p.grad is None for module in mine for p in module.parameters())
+
+
+def test_optimizers_of_modules_with_other_settings_or_states():
+    """Each takes its own step until they agree."""
+    mine, theirs = modules(2)
+    batch = Batch(mine)
+    own, other = [adam(module) for module in mine], [adam(module) for module in theirs]
+    own[1][0].param_groups[0]["lr"] = other[1][0].param_groups[0]["lr"] = 1e-3
+    optimizers = Optimizers(batch, own)
+    for k in range(5):
+        if k == 3:  # from here on one call serves both, with the moments that each of them has
+            own[1][0].param_groups[0]["lr"] = other[1][0].param_groups[0]["lr"] = 1e-2
+            for p in (*mine[0].parameters(), *mine[1].parameters()):
+                p.grad = None
+        if k == 4:
+            for optimizer, module in ((own[0][0], mine[0]), (other[0][0], theirs[0])):
+                optimizer.state[module[0].weight]["exp_avg"] = torch.full((5, 3), 0.5)
+        grads = [torch.randn_like(x) for x in batch.pieces(batch.rows)]
+        optimizers.step(batch.flat(grads), [0, 1])
+        for s in (0, 1):
+            for p, grad in zip(theirs[s].parameters(), grads, strict=True):
+                p.grad = grad[s].clone()
+            other[s][0].step()
+            for p, q in zip(mine[s].parameters(), theirs[s].parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+                assert (p.grad is None) == (k >= 3)
 
 
 def test_optimizers_must_have_all_parameters():
