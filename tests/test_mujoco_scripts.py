@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scripts import (
     DIAGNOSTICS,
@@ -226,6 +226,7 @@ def test_recorded_gradients_and_actions_are_the_eager_ones(variant, everything, 
                 torch.testing.assert_close(x, own["state"][i][name], rtol=1e-4, atol=1e-9)
 
 
+@settings(deadline=None)  # recording takes longest the first time
 @given(
     activation=st.sampled_from(["Tanh", "ReLU"]),
     hidden=st.lists(st.integers(1, 70), min_size=1, max_size=3),
@@ -256,8 +257,10 @@ def test_numpy_acts_as_the_policy_does(activation, hidden, seeds, num_envs, acti
     assert together.shape == rows[1].shape and (together.abs() < 1).all()
     for agent, own_obs, own_noise, of_batch in zip(agents, *rows, together, strict=True):
         with torch.no_grad():
-            ours = script.sample(agent.policy(own_obs).output, own_noise)
-        torch.testing.assert_close(of_batch, ours, rtol=0, atol=1e-5 * max(gain, 1))
+            output = agent.policy(own_obs).output
+            ours = script.sample(output, own_noise)
+        # A rounding error is a share of the numbers before the tanh.
+        torch.testing.assert_close(of_batch, ours, rtol=0, atol=2e-6 * max(output.abs().max().item(), 1))
 
 
 @pytest.mark.parametrize("seeds", [[], SEVERAL])
