@@ -151,6 +151,9 @@ class Optimizers:
         if settings is None or not all(self._adopt(s) for s in learning):
             pieces = self.batch.pieces(grad)
             for s in learning:
+                for states, p, _ in self.states[s]:
+                    if p in states and states[p].get("step") is self.counts[s]:
+                        states[p]["step"] = self.counts[s].clone()  # step() counts for each parameter
                 for p, x in zip(self.batch.parameters[s], pieces, strict=True):
                     p.grad = x[s]
                 for optimizer in self.optimizers[s]:

@@ -92,7 +92,7 @@ class Replay:
             with torch.enable_grad():
                 graph = make_fx(self.plain)(*tensors)
             simplify(graph)
-            program = numpy_program(graph) if self.in_numpy and small(graph) else None
+            program = numpy_program(graph, tensors) if self.in_numpy and small(graph) else None
             self.tolerance = 1e-4 if program else 0.0
             self.program = program or torch_program(graph, tensors)
         except Exception as error:  # of a function that somebody changed: whatever recording it can raise
@@ -212,8 +212,11 @@ IN_NUMPY = {
 }
 
 
-def numpy_program(graph):
-    """The graph as a function of tensors by NumPy, or None if it has an operation that isn't known in it."""
+def numpy_program(graph, tensors):
+    """The graph as a function of tensors by NumPy, or None if it has an operation that isn't known in it.
+
+    It is tried on ``tensors``, since PyTorch's operations may be called with arguments that NumPy's don't have.
+    """
     ours, values = Graph(), {}
     root = torch.nn.Module()
 
@@ -246,4 +249,8 @@ def numpy_program(graph):
     def program(*tensors):
         return [torch.from_numpy(x) for x in run(*[x.numpy() for x in tensors])]
 
+    try:
+        program(*tensors)
+    except (TypeError, ValueError):
+        return None
     return program

@@ -126,6 +126,24 @@ def test_each_operation_in_numpy_is_torch_s(operation, rows, draw):
     torch.testing.assert_close(run(x)[0], run.plain(x)[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, *_: F.softplus(x, beta=2),
+        lambda x, *_: x.unsqueeze(1).expand(-1, 2, -1) + 1,
+        lambda x, *_: torch.sub(x, x.exp(), alpha=2),
+        lambda x, bias, _: torch.addcmul(bias, x, x, value=0.5),
+        lambda x, *_: x.exp().squeeze(0),
+        lambda x, *_: x.exp().select(0, 0).select(0, 0),
+    ],
+)
+def test_arguments_that_numpy_does_not_take_are_left_to_torch(function):
+    run, weights = in_numpy(function)
+    for x in torch.randn(2, 3, 4):
+        torch.testing.assert_close(run(x)[0], function(x, *weights))
+    assert run.program is not None
+
+
 def test_every_operation_in_numpy_is_tested():
     reached = set()
     for function in OPERATIONS.values():
@@ -246,6 +264,31 @@ def test_optimizers_of_modules_with_other_settings_or_states():
             for p, q in zip(mine[s].parameters(), theirs[s].parameters(), strict=True):
                 torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
                 assert (p.grad is None) == (k >= 3)
+
+
+@pytest.mark.parametrize("what", ["rate", "state"])
+def test_optimizers_that_come_to_differ_count_their_steps(what):
+    """An actor whose rate is annealed beside a critic's that isn't, or that forgets its moments alone."""
+    mine, theirs = modules(2)
+    batch = Batch(mine)
+    own, other = [two_adams(module) for module in mine], [two_adams(module) for module in theirs]
+    optimizers = Optimizers(batch, own)
+    for k in range(8):
+        for one, _ in (*own, *other):
+            if what == "rate":
+                one.param_groups[0]["lr"] = 1e-2 if k < 3 or k > 5 else 1e-3
+            elif k == 3:
+                one.state.clear()
+        grads = [torch.randn_like(x) for x in batch.pieces(batch.rows)]
+        optimizers.step(batch.flat(grads), [0, 1])
+        for s in (0, 1):
+            for p, grad in zip(theirs[s].parameters(), grads, strict=True):
+                p.grad = grad[s].clone()
+            for one, two in zip(own[s], other[s], strict=True):
+                two.step()
+                assert [x["step"] for x in one.state.values()] == [x["step"] for x in two.state.values()]
+            for p, q in zip(mine[s].parameters(), theirs[s].parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
 def test_optimizers_must_have_all_parameters():
