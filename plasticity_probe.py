@@ -42,9 +42,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 sys.path.append(str(Path(__file__).resolve().parent))  # which python -P leaves out
+from common.arguments import check_range, fail, pick_device
 from common.checkpoint import BadCheckpoint, load_checkpoint
 from common.feature_rank import RANKS, SIGMAS, dead_units, dormant_fraction, feature_ranks, feature_stats, mean_norm
-from common.run import MAY_DIFFER, check_range, fail, git_revision, library_versions, parse_args, pick_device
+from common.run import MAY_DIFFER, git_revision, library_versions, parse_args
 from common.trust_region import categorical_kl, normal_kl
 
 try:

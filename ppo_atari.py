@@ -7,21 +7,14 @@
 #   python ppo_atari.py --env-id Phoenix-v5
 # the collapse
 #   python ppo_atari.py --env-id Phoenix-v5 --update-epochs 8
-import contextlib
-import copy
-import difflib
 import math
 import os
-import shutil
 import sys
-import time
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import envpool
-import imageio.v2 as imageio
 import numpy as np
 import torch
 import torch.nn as nn
@@ -30,74 +23,30 @@ from torch import Tensor
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which python -P leaves out
 
-from common.feature_rank import dead_units, dormant_fraction, feature_ranks, feature_stats, mean_norm, policy_variance
-from common.run import (
-    Run,
-    StopRequest,
-    check_precision,
-    check_range,
-    fail,
-    find_checkpoint,
-    keep_freed_memory,
-    milestones,
-    parse_args,
-    pick_device,
-    quit_on_interrupt,
-    random_states,
-    restore,
-)
-from common.trust_region import categorical_kl, feature_drift, ratio_stats
+from common.arguments import Range, RunArgs, check_run_args, fail, nearest
+from common.evaluation import play
+from common.feature_rank import deltas, layer_measures, policy_variance
+from common.replay import compiled
+from common.run import Run, find_checkpoint, parse_args, prepare, random_states, restore
+from common.trust_region import categorical_kl, feature_drifts, ratio_stats
+from common.update_stats import flat_weights, kl_of_last_epoch, of_update_phase, of_weights, to_be_finite
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     exp_name: str = os.path.basename(__file__)[: -len(".py")]
     """name of this experiment, part of the run's name"""
-    seed: int = 1
-    """seed of everything random: networks, actions, minibatches, environments"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps; auto takes CUDA, then MPS, then the CPU"""
-    torch_deterministic: bool = False
-    """use deterministic kernels alone; it is slower on CUDA, and on a CPU runs repeat bit for bit without it"""
-    compile: bool = False
-    """run policy, losses and gradients through torch.compile (on CUDA as CUDA graphs); it takes a minute to start"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """of the hidden layers' arithmetic in rollout and update; weights, outputs, losses and diagnostics are float32"""
-
-    # Logging
-    track: bool = False
-    """log to Weights & Biases too"""
-    wandb_project_name: str | None = None
-    """the W&B project; None is what WANDB_PROJECT in the environment says, else no-representation-no-trust"""
-    wandb_entity: str | None = None
-    """the W&B team; None is what WANDB_ENTITY in the environment says, else your own account"""
-    wandb_mode: Literal["online", "offline"] | None = None
-    """offline writes a W&B run into the run's folder, to be uploaded with `wandb sync`; None is what WANDB_MODE in the
-    environment says, which may be disabled as well, else online"""
-    diagnostics_interval: int = 0
-    """iterations between diagnostics, besides the first and the last one; 0 is 0.1 % of the run (33 in 100 M frames)"""
-    eval_episodes: int = 0
-    """episodes of each evaluation, with sampled and with greedy actions, at the end of the run; 0 is no evaluation"""
-    eval_interval: float = 0.0
-    """share of the run (0.1: every tenth of it) after which to evaluate as well; 0 evaluates at the end alone"""
-    capture_video: bool = False
-    """record the first episode of each evaluation as mp4"""
-
-    # Checkpoints
-    checkpoint_interval: float = 0.005
-    """share of the run after which checkpoints/latest.pt is written anew; every 2.5 % it is kept under its own name"""
-    resume: str = ""
-    """go on with the run in this folder (flags left out are as they were), or auto: the newest unfinished run in runs/
-    of the same arguments, else a new one; environments begin new episodes, and --total-timesteps may grow"""
 
     # Environment
     env_id: str = "Phoenix-v5"
     """an Atari game, `Phoenix-v5` or `ALE/Phoenix-v5`"""
-    frame_skip: int = 3
+    frame_skip: Annotated[int, Range(1, 1000)] = 3
     """emulator frames for which an action is repeated (CleanRL: 4)"""
-    repeat_action_probability: float = 0.25
+    repeat_action_probability: Annotated[float, Range(0, 1)] = 0.25
     """sticky actions: probability that the emulator repeats the previous action instead (CleanRL: 0)"""
-    noop_max: int = 0
+    noop_max: Annotated[int, Range(0, 1000)] = 0
     """most no-op frames after a reset (CleanRL: 30); envpool's least is one, which 0 becomes"""
     fire_reset: bool = False
     """press FIRE after a reset in games that have it (CleanRL: on)"""
@@ -105,41 +54,41 @@ class Args:
     """a lost life ends an episode for the learner; logged returns are the whole game's all the same (CleanRL: on)"""
 
     # Algorithm
-    total_timesteps: int = 100_000_000
+    total_timesteps: Annotated[int, Range(1, 10**12)] = 100_000_000
     """length of the run in emulator frames (agent steps x frame skip), floored to whole rollouts"""
-    learning_rate: float = 2.5e-4
+    learning_rate: Annotated[float, Range(above=0, high=1e6)] = 2.5e-4
     """Adam's learning rate, constant unless annealed"""
     anneal_lr: bool = False
     """anneal the learning rate linearly to 0, rollout by rollout"""
     cosine_lr: bool = False
     """anneal the learning rate to 0 along a half cosine"""
-    num_envs: int = 8
+    num_envs: Annotated[int, Range(1, 1024)] = 8
     """environments stepped in parallel"""
-    num_steps: int = 128
+    num_steps: Annotated[int, Range(1, 100_000)] = 128
     """agent steps of each environment in a rollout"""
-    minibatch_size: int = 256
+    minibatch_size: Annotated[int, Range(1, 100_000)] = 256
     """transitions in a minibatch; must divide num_envs x num_steps"""
-    update_epochs: int = 4
+    update_epochs: Annotated[int, Range(1, 100_000)] = 4
     """passes over each rollout, the paper's knob of non-stationarity: 4, 6 and 8"""
-    gamma: float = 0.99
+    gamma: Annotated[float, Range(0, 1)] = 0.99
     """discount"""
-    gae_lambda: float = 0.95
+    gae_lambda: Annotated[float, Range(0, 1)] = 0.95
     """lambda of the generalised advantage estimate"""
     norm_adv: bool = True
     """normalise advantages in each minibatch"""
-    clip_coef: float = 0.1
+    clip_coef: Annotated[float, Range(above=0, high=1e6)] = 0.1
     """epsilon: ratios beyond 1 - epsilon and 1 + epsilon give no further gradient"""
     clip_objective: bool = True
     """PPO's clipped objective; off is the plain surrogate, to go with --kl-coef or --target-kl"""
     clip_vloss: bool = False
     """clip the value's change to clip_coef as well (CleanRL: on)"""
-    ent_coef: float = 0.01
+    ent_coef: Annotated[float, Range(0, 1e6)] = 0.01
     """coefficient of the entropy bonus"""
-    vf_coef: float = 1.0
+    vf_coef: Annotated[float, Range(0, 1e6)] = 1.0
     """coefficient of the value loss, which is 0.5 x mean squared error (CleanRL: 0.5)"""
-    max_grad_norm: float = 0.5
+    max_grad_norm: Annotated[float, Range(above=0, high=1e6)] = 0.5
     """gradient norm to which the whole agent is clipped, once (the paper's code clips and steps the trunk twice)"""
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, Range(above=0, high=1e6)] = 1e-8
     """Adam's epsilon (CleanRL: 1e-5)"""
     activation: Literal["ReLU", "GELU", "LeakyReLU", "Tanh"] = "ReLU"
     """activation of the hidden layers"""
@@ -149,64 +98,30 @@ class Args:
     # Interventions
     reset_optimizer: bool = False
     """forget Adam's moments after each rollout"""
-    adam_beta1: float = 0.9
+    adam_beta1: Annotated[float, Range(0, below=1)] = 0.9
     """Adam's decay of the first moment"""
-    adam_beta2: float = 0.999
+    adam_beta2: Annotated[float, Range(0, below=1)] = 0.999
     """Adam's decay of the second moment; the paper's intervention is 0.9"""
-    kl_coef: float = 0.0
+    kl_coef: Annotated[float, Range(0, 1e6)] = 0.0
     """initial coefficient of an adaptive KL penalty, 0 is none (the paper's code: 1, with --no-clip-objective)"""
-    kl_target: float = 0.01
+    kl_target: Annotated[float, Range(above=0, high=1e6)] = 0.01
     """the penalty doubles where the last epoch's mean KL exceeds 1.5 x this, and halves where it is below this / 1.5"""
-    target_kl: float = 0.0
+    target_kl: Annotated[float, Range(0, 1e6)] = 0.0
     """end an update phase after the first minibatch whose KL exceeds this, 0 is never (the paper's code: 0.01)"""
-
-    # Filled in from the above
-    batch_size: int = field(init=False)
-    """transitions in a rollout"""
-    num_iterations: int = field(init=False)
-    """rollouts in the run"""
 
 
 def check_args(args):
     """Refuse what can't run before anything is started, and fill in what follows from the arguments."""
+    check_run_args(args)
     args.env_id = args.env_id.removeprefix("ALE/")
     names = ["".join(map(str.capitalize, game.split("_"))) + "-v5" for game in atari_game_list]
     games = {name.lower(): name for name in names}  # ALE's and envpool's capitals differ in one: TicTacToe3D
     if args.env_id.lower() not in games:
-        nearest = difflib.get_close_matches(args.env_id.lower().removesuffix("-v5") + "-v5", games, n=3, cutoff=0.3)
-        nearest = ", ".join(games[name] for name in nearest or ("breakout-v5", "phoenix-v5", "qbert-v5"))
-        fail(f"--env-id {args.env_id}: must be one of envpool's {len(games)} Atari games; nearest: {nearest}")
+        some = nearest(args.env_id.removesuffix("-v5") + "-v5", names) or "Breakout-v5, Phoenix-v5, Qbert-v5"
+        fail(f"--env-id {args.env_id}: must be one of envpool's {len(games)} Atari games; nearest: {some}")
     args.env_id = games[args.env_id.lower()]
-    check_range(args, "num_envs num_steps minibatch_size update_epochs", low=1, high=100_000)
-    check_range(args, "num_envs", high=1024)
-    check_range(args, "total_timesteps", low=1, high=10**12)
-    check_range(args, "frame_skip", low=1, high=1000)
-    check_range(args, "seed", low=0, high=2**31 - 1)
-    check_range(args, "noop_max", low=0, high=1000)
-    check_range(args, "diagnostics_interval", low=0, high=10**9)
-    check_range(args, "eval_episodes", low=0, high=1024)
-    check_range(args, "learning_rate max_grad_norm adam_eps clip_coef kl_target", above=0, high=1e6)
-    check_range(args, "ent_coef vf_coef kl_coef target_kl", low=0, high=1e6)
-    check_range(args, "gamma gae_lambda repeat_action_probability eval_interval", low=0, high=1)
-    check_range(args, "adam_beta1 adam_beta2", low=0, below=1)
-    check_range(args, "checkpoint_interval", above=0, high=1)
-    args.batch_size = args.num_envs * args.num_steps
-    if args.batch_size == 1:
-        fail("--num-steps 1: must make rollouts of at least 2 transitions, with more steps or --num-envs")
-    if args.batch_size % args.minibatch_size:
-        fail(f"--minibatch-size {args.minibatch_size}: must divide num_envs x num_steps = {args.batch_size}")
-    args.num_iterations = args.total_timesteps // (args.batch_size * args.frame_skip)
-    if not args.num_iterations:
-        least = args.batch_size * args.frame_skip
-        fail(f"--total-timesteps {args.total_timesteps}: must be at least one rollout of {least} frames")
     if args.anneal_lr and args.cosine_lr:
         fail("--cosine-lr: must not go with --anneal-lr; choose one schedule")
-    if (args.capture_video or args.eval_interval) and not args.eval_episodes:
-        flag = "--capture-video" if args.capture_video else f"--eval-interval {args.eval_interval}"
-        fail(f"{flag}: needs --eval-episodes of at least 1")
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if args.compile and not shutil.which(compiler):
-        fail(f"--compile: torch.compile needs a C++ compiler, and {compiler} is not there; CXX may name another one")
 
 
 def make_envs(args, num_envs, seeds, **kwargs):
@@ -310,6 +225,14 @@ def hidden_precision(args, device):
 def sample(logits, noise):
     """Actions (N,) of the policy with ``logits`` (N, A), drawn by ``noise`` (N, A) from an exponential distribution."""
     return (logits - noise.log()).argmax(1)  # Gumbel's trick: −log of an exponential variable is a Gumbel one
+
+
+def choose(agent, obs, elapsed, greedy, generator):
+    """Actions (N,), NumPy, for envpool's observations (N, 4, 84, 84) in an evaluation, sampled or ``greedy``."""
+    x = torch.from_numpy(obs).to(generator.device).permute(0, 2, 3, 1)
+    logits = agent.policy(x).output
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits.argmax(1) if greedy else sample(logits, noise)).cpu().numpy()
 
 
 class Rollout(NamedTuple):
@@ -452,17 +375,6 @@ def update(agent, losses, optimizers, mb, kl_coef, args):
     return logged
 
 
-def compiled(function, device):
-    """``function`` through torch.compile with static shapes, on CUDA as CUDA graphs."""
-    fast = torch.compile(function, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
-
-    def call(*args):
-        torch.compiler.cudagraph_mark_step_begin()  # what the last call returned may be written over
-        return fast(*args)
-
-    return call
-
-
 def learning_rate(iteration, args):
     """The learning rate of an iteration, counted from 1."""
     left = 1 - (iteration - 1) / args.num_iterations
@@ -480,10 +392,6 @@ def adapted_kl_coef(kl_coef, kl, args):
     return min(max(kl_coef * factor, 1e-6), 1e6)
 
 
-def flat_weights(network):
-    return torch.cat([p.detach().flatten() for p in network.parameters()])
-
-
 def diagnose(before, after, actions, args):
     """The representation and trust region measures of a rollout, by tag.
 
@@ -498,84 +406,36 @@ def diagnose(before, after, actions, args):
         tags[f"representation/{when}/value_mean"] = value.mean()
         tags[f"representation/{when}/value_std"] = value.std()
         for name, network in networks.items():
-            measures = {
-                **feature_ranks(network.features),
-                "dead_units": dead_units(network.features, args.activation),
-                "dormant_fraction": dormant_fraction(network.features),
-                **feature_stats(network.features),
-                "preactivation_norm": mean_norm(network.preactivations),
-                "all_preactivation_norm": mean_norm(network.all_preactivations),
-            }
+            measures = layer_measures(network, args.activation)
             tags.update({f"representation/{when}/{name}/{measure}": x for measure, x in measures.items()})
-    for tag in [tag for tag in tags if tag.startswith("representation/after/")]:
-        if tag.endswith(("rank", "dead_units", "norm", "policy_variance")):
-            tags[tag.replace("/after/", "/delta/")] = tags[tag] - tags[tag.replace("/after/", "/before/")]
+    tags |= deltas(tags)
 
     logits, new_logits = before["actor"].output, after["actor"].output
     logratio = (new_logits.log_softmax(1) - logits.log_softmax(1)).gather(1, actions.unsqueeze(1)).squeeze(1)
     tags.update({f"trust_region/{name}": x for name, x in ratio_stats(logratio, args.clip_coef).items()})
     tags["trust_region/kl"] = categorical_kl(logits, new_logits).mean()
     for name in ("actor", "critic"):
-        for layer in ("features", "preactivations", "all_preactivations"):
-            drift = feature_drift(getattr(before[name], layer), getattr(after[name], layer))
-            tags.update({f"trust_region/{name}_{layer[:-1]}_{distance}": x for distance, x in drift.items()})
+        drifts = feature_drifts(before[name], after[name])
+        tags.update({f"trust_region/{name}_{measure}": x for measure, x in drifts.items()})
     return {tag: float(x) for tag, x in tags.items()}
-
-
-@torch.no_grad()
-def evaluate(agent, args, device, seeds, greedy, video=None):
-    """Returns and lengths (agent steps) of one whole game for each of ``seeds``, rewards unclipped.
-
-    The actions are sampled or ``greedy``; the first game is recorded to the path ``video``. Training's own random
-    states stay as they are.
-    """
-    envs = make_envs(args, len(seeds), seeds, render_mode="rgb_array" if video else None)
-    generator = torch.Generator(device).manual_seed(seeds[0])
-    obs, _ = envs.reset()
-    returns, lengths, playing = np.zeros(len(seeds)), np.zeros(len(seeds)), np.arange(len(seeds), dtype=np.int32)
-    with contextlib.ExitStack() as stack:
-        film = None
-        if video:
-            video.parent.mkdir(exist_ok=True)
-            film = stack.enter_context(imageio.get_writer(video, fps=60 / args.frame_skip, macro_block_size=2))
-        while playing.size:
-            if film and playing[0] == 0:
-                film.append_data(envs.render(env_ids=[0])[0])
-            logits = agent.policy(torch.from_numpy(obs).to(device).permute(0, 2, 3, 1)).output
-            noise = torch.empty_like(logits).exponential_(generator=generator)
-            actions = logits.argmax(1) if greedy else sample(logits, noise)
-            obs, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy(), playing)
-            returns[playing] += rewards
-            lengths[playing] += 1
-            ongoing = ~(terminated | truncated)
-            obs, playing = obs[ongoing], playing[ongoing]
-    envs.close()
-    return returns, lengths
 
 
 if __name__ == "__main__":
     args = parse_args(Args)
     check_args(args)
-    quit_on_interrupt()
-    device = pick_device(args.device)
-    check_precision(args.precision, device)
-    keep_freed_memory()
-    restored = {"num_actions": int, "kl_coef": float, "episodes": int, "recent_returns": list}
-    checkpoint = find_checkpoint(args, os.path.basename(__file__), **restored)
+    device = prepare(args)
+    checkpoint = find_checkpoint(args, os.path.basename(__file__), num_actions=int, kl_coef=float)
+    T, N, B = args.num_steps, args.num_envs, args.batch_size
 
     # Seeding
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     if checkpoint:
         rng.bit_generator.state = checkpoint["random_states"]["numpy"]  # so the environments get seeds of their own
-    if args.torch_deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not args.torch_deterministic
 
     # Environments
-    seeds = rng.integers(2**31, size=args.num_envs).tolist()
-    envs = make_envs(args, args.num_envs, seeds, episodic_life=args.episodic_life, reward_clip=True)
+    seeds = rng.integers(2**31, size=N).tolist()
+    envs = make_envs(args, N, seeds, episodic_life=args.episodic_life, reward_clip=True)
     num_actions = int(envs.action_space.n)
 
     # Networks
@@ -586,85 +446,48 @@ if __name__ == "__main__":
     if checkpoint:
         restore(checkpoint, agent, optimizers, device)
         kl_coef.fill_(checkpoint["kl_coef"])
-    act = torch.no_grad()(agent.policy)
+    policy = torch.no_grad()(agent.policy)
     if args.compile:
-        act, losses = compiled(act, device), compiled(losses, device)
+        policy, losses = compiled(policy, device), compiled(losses, device)
 
-    # The run's folder: from here on, something is written
-    frames_per_iteration = args.batch_size * args.frame_skip
-    run = Run(args, args.num_iterations * frames_per_iteration, checkpoint)
-    if args.noop_max == 0:
-        run.say("--noop-max 0: becomes envpool's least, one no-op frame after a reset")
-
-    def state(iteration):
+    def state():
         return {
             "script": os.path.basename(__file__),
             "agent": agent.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "kl_coef": kl_coef.item(),
             "num_actions": num_actions,
-            "iteration": iteration,
-            "global_step": iteration * frames_per_iteration,
-            "episodes": episodes,
-            "recent_returns": list(map(float, recent_returns)),
             "random_states": {**random_states(device), "numpy": rng.bit_generator.state},
         }
 
-    def stop(broken):
-        holds = "holds" if run.save_checkpoint(previous_step, good) else "lacks"
-        run.close(exit_code=1)
-        fail(f"the {broken} is not finite in iteration {iteration}; {run.folder} {holds} the state before it", code=1)
-
-    interrupted = StopRequest()
-    start_time = time.time()
-    T, N, B = args.num_steps, args.num_envs, args.batch_size
-    diagnostics_interval = args.diagnostics_interval or math.ceil(args.num_iterations / 1000)
-    snapshots = milestones(args.num_iterations, 0.025) | {0}
-    checkpoints = milestones(args.num_iterations, args.checkpoint_interval) | snapshots
-    evaluations = milestones(args.num_iterations, args.eval_interval or 1) if args.eval_episodes else set()
+    evaluation = partial(play, partial(make_envs, args), partial(choose, agent), device, 60 / args.frame_skip)
+    run = Run(args, state, checkpoint, evaluation)  # from here on, something is written
+    if args.noop_max == 0:
+        run.say("--noop-max 0: becomes envpool's least, one no-op frame after a reset")
     obs = torch.empty((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
-    obs[0] = torch.from_numpy(envs.reset()[0]).permute(0, 2, 3, 1)
-    running, episodes, recent_returns = np.zeros((2, N)), 0, deque(maxlen=100)
-    shown = {}
-    done = 0  # iterations before this process
-    if checkpoint:
-        done, episodes = checkpoint["iteration"], checkpoint["episodes"]
-        recent_returns.extend(checkpoint["recent_returns"])
-    else:
-        run.save_checkpoint(0, state(0))
+    obs[-1] = torch.from_numpy(envs.reset()[0]).permute(0, 2, 3, 1)
+    running = np.zeros((2, N))
 
-    for iteration in range(done + 1, args.num_iterations + 1):
-        diagnosed = (iteration - 1) % diagnostics_interval == 0 or iteration == args.num_iterations
-        previous_step, global_step = (iteration - 1) * frames_per_iteration, iteration * frames_per_iteration
-        scalars = {}
-        good = copy.deepcopy(state(iteration - 1))
-
+    for iteration in run:
         # Rollout
-        rollout_start = time.time()
+        obs[0] = obs[-1]
         noise = torch.empty((T, N, num_actions), device=device).exponential_()
         with hidden_precision(args, device):
-            transitions, games = rollout(envs, act, obs, noise, running, diagnosed)
-        for agent_steps, game_return, game_length in games:
-            scalars_of_game = {"charts/episodic_return": game_return, "charts/episodic_length": game_length}
-            run.log(scalars_of_game, previous_step + agent_steps * args.frame_skip)
-            recent_returns.append(game_return)
-        if games:
-            episodes += len(games)
-            scalars["charts/rollout_return"] = np.mean([game[1] for game in games])
-            scalars["charts/rollout_length"] = np.mean([game[2] for game in games])
+            transitions, games = rollout(envs, policy, obs, noise, running, run.diagnosed)
+        run.log_episodes(games)
+        run.lap("rollout")
 
         # Advantages, and everything flattened to (B, …)
-        update_start = time.time()
         with torch.no_grad(), hidden_precision(args, device):
-            critic = agent.value(obs.flatten(0, 1), diagnosed)  # ((T + 1) * N, …): with the observation after it
+            critic = agent.value(obs.flatten(0, 1), run.diagnosed)  # ((T + 1) * N, …): with the observation after it
             values = critic.output.view(T + 1, N)
             advantages, returns = gae(
                 transitions.rewards, values[:-1], values[1:], transitions.dones, args.gamma, args.gae_lambda
             )
             actor = transitions.policy.map(lambda x: x.flatten(0, 1))
             if args.precision == "bfloat16":  # in which a few environments may round otherwise than a minibatch
-                actor = agent.policy(obs[:-1].flatten(0, 1), diagnosed)
-        before = {"actor": actor, "critic": critic.map(lambda x: x[: T * N])}
+                actor = agent.policy(obs[:-1].flatten(0, 1), run.diagnosed)
+        before = {"actor": actor, "critic": critic.map(lambda x: x[:B])}
         batch = {
             "obs": obs[:-1].flatten(0, 1),
             "actions": transitions.actions.flatten(),
@@ -675,11 +498,12 @@ if __name__ == "__main__":
         }
 
         # Update phase
+        run.scalars["charts/learning_rate"] = learning_rate(iteration, args)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate(iteration, args)
             if args.reset_optimizer:
                 optimizer.state.clear()
-        if diagnosed:
+        if run.diagnosed:
             weights = {name: flat_weights(network) for name, network in agent.networks().items()}
             if args.precision == "bfloat16":  # whose rounding would pass for directions of features
                 with torch.no_grad():
@@ -693,76 +517,26 @@ if __name__ == "__main__":
             logged.append(torch.stack(list(stats.values())))
             if args.target_kl and stats["kl"].item() > args.target_kl:
                 break
-        updates = len(logged)
-        # The one transfer of the update phase: what was logged by name, a list over its minibatches
-        logged = dict(zip(stats, torch.stack(logged).T.tolist(), strict=True))
-        update_time = time.time() - update_start
-        kl = logged.pop("kl")
-        grad_norms = {name: logged.pop(f"{name}_grad_norm") for name in agent.networks()}
-        for name, over_minibatches in logged.items():
-            scalars[f"losses/first_minibatch/{name}"] = over_minibatches[0]
-            scalars[f"losses/last_minibatch/{name}"] = over_minibatches[-1]
-            scalars[f"losses/{name}"] = over_minibatches[-1]
-        scalars["losses/clipfrac"] = np.mean(logged["clipfrac"])
-        scalars["losses/early_stop"] = 1 - updates / len(order)
-        scalars["losses/kl_coef"] = kl_coef.item()
+        # The one transfer of the update phase: what was logged by name, of each minibatch
+        logged = [dict(zip(stats, x, strict=True)) for x in torch.stack(logged).tolist()]
+        run.lap("update")
+        run.scalars |= of_update_phase(logged, len(order), kl_coef.item())
         if args.kl_coef:
-            last_epoch = (updates - 1) // (B // args.minibatch_size) * (B // args.minibatch_size)
-            kl_coef.fill_(adapted_kl_coef(kl_coef.item(), np.mean(kl[last_epoch:]), args))
-        variance = returns.var()
-        if variance > 0:
-            scalars["losses/explained_variance"] = (1 - (returns - values[:-1]).var() / variance).item()
-        else:
-            run.say_once("losses/explained_variance is logged only where the returns of a rollout differ")
-        checked = {name: logged[name] for name in ("policy_loss", "value_loss", "entropy")}
-        checked |= {f"{name}'s weight": [flat_weights(x).abs().max().item()] for name, x in agent.networks().items()}
-        for name, x in (checked | {f"{name}'s gradient norm": x for name, x in grad_norms.items()}).items():
-            if not all(map(math.isfinite, x)):
-                run.log(scalars, global_step)
-                stop(name)
+            kl_coef.fill_(adapted_kl_coef(kl_coef.item(), kl_of_last_epoch(logged, B // args.minibatch_size), args))
+        if returns.var() > 0:
+            unexplained = (returns - values[:-1]).var() / returns.var()
+            run.scalars["losses/explained_variance"] = (1 - unexplained).item()
+        run.require_finite(to_be_finite(("policy_loss", "value_loss", "entropy"), logged, agent.networks()))
 
         # Diagnostics of the whole rollout, by the networks as they now are
-        if diagnosed:
-            diagnostics_start = time.time()
+        if run.diagnosed:
             with torch.no_grad():
                 after = dict(zip(("actor", "critic"), agent(batch["obs"], True), strict=True))
-                scalars |= diagnose(before, after, batch["actions"], args)
-                for name, network in agent.networks().items():
-                    new = flat_weights(network)
-                    scalars[f"optim/{name}/grad_norm"] = np.mean(grad_norms[name])
-                    scalars[f"optim/{name}/update_norm"] = (new - weights[name]).norm().item()
-                    scalars[f"optim/{name}/weight_norm"] = new.norm().item()
-            for side in ("above", "below"):
-                if f"trust_region/ratio_{side}_std" not in scalars:
-                    run.say_once(
-                        f"trust_region/ratio_{side}_* and excess_ratio need ratios {side} the clip range (a std two)"
-                    )
+            run.scalars |= diagnose(before, after, batch["actions"], args)
+            run.scalars |= of_weights(agent.networks(), weights, logged)
             del after
-            scalars["time/rollout"] = update_start - rollout_start
-            scalars["time/update"] = update_time
-            scalars["time/diagnostics"] = time.time() - diagnostics_start
-            shown["rank"] = scalars["representation/after/actor/pca_rank"]
-            shown["dead"] = scalars["representation/after/actor/dead_units"]
+            run.lap("diagnostics")
         del actor, critic, before, batch, transitions
 
-        scalars["charts/learning_rate"] = learning_rate(iteration, args)
-        scalars["charts/SPS"] = (iteration - done) * B / (time.time() - start_time)
-        scalars["charts/FPS"] = scalars["charts/SPS"] * args.frame_skip
-        run.log(scalars, global_step)
-        if recent_returns:
-            shown["return"] = np.mean(recent_returns)
-        run.progress(global_step, **shown)
-        if diagnosed:
-            run.report(global_step, scalars["charts/FPS"], **shown)
-        # After logging, since what was logged up to a checkpoint is what a resumed run keeps
-        if iteration in checkpoints or interrupted:
-            run.save_checkpoint(global_step, state(iteration), iteration in snapshots)
-        if iteration in evaluations:  # with the checkpoint saved: what only looks at the agent can't cost it
-            seeds = np.random.SeedSequence([args.seed, global_step]).generate_state(args.eval_episodes) // 2
-            run.evaluate(partial(evaluate, agent, args, device, seeds.tolist()), global_step, args.capture_video)
-        if interrupted:
-            break
-        obs[0] = obs[-1]
-
     envs.close()
-    sys.exit(run.close(interrupted.exit_code))
+    sys.exit(run.close())

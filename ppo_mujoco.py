@@ -9,105 +9,62 @@
 #   python ppo_mujoco.py --env-id Hopper-v4 --update-epochs 20 --pfo-coef 10.0 --activation ReLU
 # the other interventions
 #   python ppo_mujoco.py --env-id Hopper-v4 --update-epochs 20 --reset-optimizer
-#   python ppo_mujoco.py --env-id Hopper-v4 --update-epochs 20 --adam-beta2 0.9
 #   python ppo_mujoco.py --env-id Hopper-v4 --update-epochs 20 --share-features
 # many seeds as one batch, each a run of its own
 #   python ppo_mujoco.py --env-id Hopper-v4 --update-epochs 20 --seeds 25 7 64 27 4
 import contextlib
-import copy
 import ctypes
-import difflib
 import itertools
 import math
 import os
-import shutil
-import subprocess
 import sys
-import time
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 with contextlib.suppress(OSError):
     ctypes.CDLL("libEGL.so.1", mode=ctypes.RTLD_GLOBAL)  # envpool renders MuJoCo with it, if it is loaded before
 
 import envpool
-import imageio.v2 as imageio
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from envpool.mujoco.gym.registration import gym_mujoco_envs
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which python -P leaves out
 
+from common.arguments import Range, RunArgs, check_run_args, fail, nearest, of_each_seed, usable_cores
 from common.batch import Batch, Optimizers
-from common.feature_rank import dead_units, dormant_fraction, feature_ranks, feature_stats, mean_norm, policy_variance
-from common.replay import Replay
-from common.run import (
-    Run,
-    StopRequest,
-    check_range,
-    check_shapes,
-    fail,
-    find_checkpoints,
-    keep_freed_memory,
-    milestones,
-    parse_args,
-    pick_device,
-    quit_on_interrupt,
-    random_states,
-    restore,
-    usable_cores,
+from common.evaluation import can_render, play
+from common.feature_rank import deltas, layer_measures, policy_variance
+from common.replay import Differentiate, Replay, compiled
+from common.run import Run, Runs, check_shapes, find_checkpoints, parse_args, prepare, random_states, restore
+from common.trust_region import feature_drifts, normal_kl, ratio_stats
+from common.update_stats import (
+    flat_weights,
+    kl_of_last_epoch,
+    numbers_of_each,
+    of_update_phase,
+    of_weights,
+    to_be_finite,
 )
-from common.trust_region import feature_drift, normal_kl, ratio_stats
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     exp_name: str = os.path.basename(__file__)[: -len(".py")]
     """name of this experiment, part of the run's name"""
-    seed: int = 1
-    """seed of everything random: networks, actions, minibatches, environments"""
-    seeds: tuple[int, ...] = ()
+    seeds: Annotated[tuple[int, ...], Range(0, 2**31 - 1)] = ()
     """train these seeds as one batch, each as a run of its own, in a fraction of the time of separate runs"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps; auto takes CUDA, then MPS, then the CPU"""
-    torch_deterministic: bool = False
-    """use deterministic kernels alone; it is slower on CUDA, and on a CPU runs repeat bit for bit without it"""
-    compile: bool = False
-    """run policy, losses and gradients through torch.compile (on CUDA as CUDA graphs); it takes a minute to start"""
     record: bool = True
     """on a CPU, record the operations of acting and of a gradient, and replay them without Python; each recording is
     checked against the plain code, which runs alone with --no-record"""
-    torch_threads: int = 0
+    torch_threads: Annotated[int, Range(0, 1024)] = 0
     """threads of PyTorch on a CPU; 0 is one for networks that are too small to share, else PyTorch's own number"""
 
-    # Logging
-    track: bool = False
-    """log to Weights & Biases too"""
-    wandb_project_name: str | None = None
-    """the W&B project; None is what WANDB_PROJECT in the environment says, else no-representation-no-trust"""
-    wandb_entity: str | None = None
-    """the W&B team; None is what WANDB_ENTITY in the environment says, else your own account"""
-    wandb_mode: Literal["online", "offline"] | None = None
-    """offline writes a W&B run into the run's folder, to be uploaded with `wandb sync`; None is what WANDB_MODE in the
-    environment says, which may be disabled as well, else online"""
-    diagnostics_interval: int = 0
-    """iterations between diagnostics, besides the first and the last one; 0 is 0.1 % of the run (every 3rd in 5 M)"""
-    eval_episodes: int = 0
-    """episodes of each evaluation, with sampled and with greedy actions, at the end of the run; 0 is no evaluation"""
-    eval_interval: float = 0.0
-    """share of the run (0.1: every tenth of it) after which to evaluate as well; 0 evaluates at the end alone"""
-    capture_video: bool = False
-    """record the first episode of each evaluation as mp4, 50 steps a second"""
-
     # Checkpoints
-    checkpoint_interval: float = 0.005
-    """share of the run after which checkpoints/latest.pt is written anew; every 2.5 % it is kept under its own name"""
     resume: tuple[str, ...] = ()
     """go on with the run in this folder, or with those of --seeds, a folder for each (flags left out are as they were),
     or auto: the newest unfinished run in runs/ of the same arguments, else a new one; environments begin new episodes,
@@ -116,47 +73,47 @@ class Args:
     # Environment
     env_id: str = "Hopper-v4"
     """one of Gymnasium's MuJoCo tasks in envpool: Hopper, HalfCheetah, Ant, Humanoid, … v4 (the paper) or v5"""
-    obs_norm_steps: int = 2000
+    obs_norm_steps: Annotated[int, Range(2, 10**7)] = 2000
     """uniformly random steps of each environment that the fixed mean and std of the observations are taken from"""
 
     # Algorithm
-    total_timesteps: int = 5_000_000
+    total_timesteps: Annotated[int, Range(1, 10**12)] = 5_000_000
     """length of the run in environment steps, floored to whole rollouts"""
-    learning_rate: float = 3e-4
+    learning_rate: Annotated[float, Range(above=0, high=1e6)] = 3e-4
     """Adam's learning rate, constant unless annealed"""
     anneal_lr: bool = False
     """anneal the learning rate linearly to 0, rollout by rollout"""
     cosine_lr: bool = False
     """anneal the learning rate to 0 along a half cosine"""
-    num_envs: int = 2
+    num_envs: Annotated[int, Range(1, 1024)] = 2
     """environments stepped in parallel"""
-    num_steps: int = 1024
+    num_steps: Annotated[int, Range(1, 100_000)] = 1024
     """steps of each environment in a rollout"""
-    minibatch_size: int = 64
+    minibatch_size: Annotated[int, Range(1, 100_000)] = 64
     """transitions in a minibatch; must divide num_envs x num_steps"""
-    update_epochs: int = 10
+    update_epochs: Annotated[int, Range(1, 100_000)] = 10
     """passes over each rollout, the paper's knob of non-stationarity: 10, 15 and 20"""
-    gamma: float = 0.99
+    gamma: Annotated[float, Range(0, 1)] = 0.99
     """discount"""
-    gae_lambda: float = 0.95
+    gae_lambda: Annotated[float, Range(0, 1)] = 0.95
     """lambda of the generalised advantage estimate"""
     norm_adv: bool = True
     """normalise advantages in each minibatch"""
-    clip_coef: float = 0.2
+    clip_coef: Annotated[float, Range(above=0, high=1e6)] = 0.2
     """epsilon: ratios beyond 1 - epsilon and 1 + epsilon give no further gradient"""
     clip_objective: bool = True
     """PPO's clipped objective; off is the plain surrogate, to go with --kl-coef or --target-kl"""
     clip_vloss: bool = False
     """clip the value's change to clip_coef as well (CleanRL: on)"""
-    ent_coef: float = 0.0
+    ent_coef: Annotated[float, Range(0, 1e6)] = 0.0
     """coefficient of the entropy bonus; the entropy is estimated from one sample of each state"""
-    vf_coef: float = 1.0
+    vf_coef: Annotated[float, Range(0, 1e6)] = 1.0
     """coefficient of the value loss, which is 0.5 x mean squared error (CleanRL: 0.5)"""
-    max_grad_norm: float = 0.5
+    max_grad_norm: Annotated[float, Range(above=0, high=1e6)] = 0.5
     """gradient norm to which the actor and the critic are clipped, each on its own, or all of it with a shared trunk"""
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, Range(above=0, high=1e6)] = 1e-8
     """Adam's epsilon (CleanRL: 1e-5)"""
-    hidden_sizes: tuple[int, ...] = (64, 64)
+    hidden_sizes: Annotated[tuple[int, ...], Range(1, 100_000)] = (64, 64)
     """units of each hidden layer"""
     activation: Literal["ReLU", "GELU", "LeakyReLU", "Tanh"] = "Tanh"
     """activation of the hidden layers; the paper has runs with Tanh and with ReLU"""
@@ -166,7 +123,7 @@ class Args:
     # Interventions
     share_features: bool = False
     """actor and critic share their hidden layers, in one optimizer (the paper's code steps them in both)"""
-    pfo_coef: float = 0.0
+    pfo_coef: Annotated[float, Range(0, 1e6)] = 0.0
     """coefficient of PFO on the actor (the paper: 1 with Tanh, 10 with ReLU), 0 is plain PPO"""
     pfo_layers: Literal["last", "all"] = "last"
     """hold the last hidden layer, or all hidden layers concatenated"""
@@ -177,101 +134,44 @@ class Args:
     pfo_mode: Literal["regularize", "clip"] = "regularize"
     """regularize adds the distance to the loss; clip drops the policy gradient of samples out of trust instead, at any
     coefficient above 0"""
-    pfo_limit: float = 0.1
+    pfo_limit: Annotated[float, Range(above=0, high=1e6)] = 0.1
     """a sample is out of trust if the held layer's l2 distance exceeds this, or its cosine is below 1 minus this"""
-    critic_pfo_coef: float = 0.0
+    critic_pfo_coef: Annotated[float, Range(0, 1e6)] = 0.0
     """coefficient of PFO on the critic; 0 leaves the critic alone, as the paper does"""
-    critic_pfo_layers: Literal["last", "all"] = "last"
-    """as --pfo-layers, for the critic"""
-    critic_pfo_on: Literal["preactivations", "features"] = "preactivations"
-    """as --pfo-on, for the critic"""
-    critic_pfo_distance: Literal["l2", "cosine"] = "l2"
-    """as --pfo-distance, for the critic"""
-    critic_pfo_mode: Literal["regularize", "clip"] = "regularize"
-    """as --pfo-mode, for the critic and its value gradient"""
-    critic_pfo_limit: float = 0.1
-    """as --pfo-limit, for the critic"""
     reset_optimizer: bool = False
     """forget Adam's moments after each rollout"""
-    adam_beta1: float = 0.9
+    adam_beta1: Annotated[float, Range(0, below=1)] = 0.9
     """Adam's decay of the first moment"""
-    adam_beta2: float = 0.999
+    adam_beta2: Annotated[float, Range(0, below=1)] = 0.999
     """Adam's decay of the second moment; the paper's intervention is 0.9"""
-    kl_coef: float = 0.0
+    kl_coef: Annotated[float, Range(0, 1e6)] = 0.0
     """initial coefficient of an adaptive KL penalty, 0 is none (the paper's code: 1, with --no-clip-objective)"""
-    kl_target: float = 0.01
+    kl_target: Annotated[float, Range(above=0, high=1e6)] = 0.01
     """the penalty doubles where the last epoch's mean KL exceeds 1.5 x this, and halves where it is below this / 1.5"""
-    target_kl: float = 0.0
+    target_kl: Annotated[float, Range(0, 1e6)] = 0.0
     """end an update phase after the first minibatch whose KL exceeds this, 0 is never (the paper's code: 0.01)"""
-
-    # Filled in from the above
-    batch_size: int = field(init=False)
-    """transitions in a rollout"""
-    num_iterations: int = field(init=False)
-    """rollouts in the run"""
 
 
 def check_args(args):
     """Refuse what can't run before anything is started, and fill in what follows from the arguments."""
+    check_run_args(args)
     tasks = [f"{task}-{version}" for task, versions, _ in gym_mujoco_envs for version in versions]
     if args.env_id not in tasks:
-        nearest = difflib.get_close_matches(args.env_id.lower(), map(str.lower, tasks), n=3, cutoff=0.5)
-        nearest = ", ".join(task for task in tasks if task.lower() in nearest) or "Hopper-v4, Ant-v4, Humanoid-v4"
-        fail(f"--env-id {args.env_id}: must be one of Gymnasium's {len(tasks)} MuJoCo tasks; nearest: {nearest}")
-    check_range(args, "num_envs num_steps minibatch_size update_epochs", low=1, high=100_000)
-    check_range(args, "num_envs", high=1024)
-    check_range(args, "total_timesteps", low=1, high=10**12)
-    check_range(args, "seed", low=0, high=2**31 - 1)
-    if not all(0 <= seed < 2**31 for seed in args.seeds) or len({*args.seeds}) < len(args.seeds):
-        seeds = " ".join(map(str, args.seeds))
-        fail(f"--seeds {seeds}: must be different numbers, each at least 0 and at most {2**31 - 1}")
+        some = nearest(args.env_id, tasks) or "Hopper-v4, Ant-v4, Humanoid-v4"
+        fail(f"--env-id {args.env_id}: must be one of Gymnasium's {len(tasks)} MuJoCo tasks; nearest: {some}")
+    if len({*args.seeds}) < len(args.seeds):
+        fail(f"--seeds {' '.join(map(str, args.seeds))}: must be different numbers")
     if args.seeds and args.seed not in (Args.seed, *args.seeds):
         fail(f"--seed {args.seed}: must not go with --seeds; they are all the seeds there are")
     number = len(args.seeds or (args.seed,))
     if args.resume and args.resume != ("auto",) and len(args.resume) != number:
         fail(f"--resume {' '.join(args.resume)}: must be auto, or a run's folder for each of {number} seeds")
-    check_range(args, "obs_norm_steps", low=2, high=10**7)
-    check_range(args, "torch_threads", low=0, high=1024)
-    check_range(args, "diagnostics_interval", low=0, high=10**9)
-    check_range(args, "eval_episodes", low=0, high=1024)
-    check_range(args, "learning_rate max_grad_norm adam_eps clip_coef kl_target", above=0, high=1e6)
-    check_range(args, "pfo_limit critic_pfo_limit", above=0, high=1e6)
-    check_range(args, "ent_coef vf_coef pfo_coef critic_pfo_coef kl_coef target_kl", low=0, high=1e6)
-    check_range(args, "gamma gae_lambda eval_interval", low=0, high=1)
-    check_range(args, "adam_beta1 adam_beta2", low=0, below=1)
-    check_range(args, "checkpoint_interval", above=0, high=1)
-    if not args.hidden_sizes or not all(1 <= size <= 100_000 for size in args.hidden_sizes):
-        sizes = " ".join(map(str, args.hidden_sizes))
-        fail(f"--hidden-sizes {sizes}: must be one number or more, each at least 1 and at most 100000")
-    args.batch_size = args.num_envs * args.num_steps
-    if args.batch_size == 1:
-        fail("--num-steps 1: must make rollouts of at least 2 transitions, with more steps or --num-envs")
-    if args.batch_size % args.minibatch_size:
-        fail(f"--minibatch-size {args.minibatch_size}: must divide num_envs x num_steps = {args.batch_size}")
-    args.num_iterations = args.total_timesteps // args.batch_size
-    if not args.num_iterations:
-        fail(f"--total-timesteps {args.total_timesteps}: must be at least one rollout of {args.batch_size} steps")
-    for prefix in ("pfo", "critic_pfo"):
-        if getattr(args, f"{prefix}_layers") == "all" and getattr(args, f"{prefix}_on") == "features":
-            flag = "--" + prefix.replace("_", "-")
-            fail(f"{flag}-layers all: must go with {flag}-on preactivations; all layers after activation do not exist")
+    if not args.hidden_sizes:
+        fail("--hidden-sizes: must be one number or more")
+    if args.pfo_layers == "all" and args.pfo_on == "features":
+        fail("--pfo-layers all: must go with --pfo-on preactivations; all layers after activation do not exist")
     if args.anneal_lr and args.cosine_lr:
         fail("--cosine-lr: must not go with --anneal-lr; choose one schedule")
-    if (args.capture_video or args.eval_interval) and not args.eval_episodes:
-        flag = "--capture-video" if args.capture_video else f"--eval-interval {args.eval_interval}"
-        fail(f"{flag}: needs --eval-episodes of at least 1")
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if args.compile and not shutil.which(compiler):
-        fail(f"--compile: torch.compile needs a C++ compiler, and {compiler} is not there; CXX may name another one")
-
-
-def of_each_seed(args):
-    """The arguments of the run of each seed."""
-    runs = [copy.copy(args) for _ in args.seeds or (args.seed,)]
-    resumed = args.resume if args.resume != ("auto",) else len(runs) * args.resume
-    for s, run_args in enumerate(runs):
-        run_args.seed, run_args.seeds, run_args.resume = (args.seeds or (args.seed,))[s], (), resumed[s : s + 1]
-    return runs
 
 
 def make_envs(args, num_envs, seeds, **kwargs):
@@ -444,6 +344,16 @@ def act(agent, obs, noise):
     return sample(agent.policy(obs).output, noise)
 
 
+def choose(agent, normalizer, box, obs, elapsed, greedy, generator):
+    """Actions (N, A), NumPy, in the ``box`` of low and high, for observations (N, D) in an evaluation, sampled or
+    ``greedy``, the normal's loc."""
+    low, high = box
+    loc, scale = loc_and_scale(agent.policy(normalizer(obs, elapsed).to(generator.device)).output)
+    noise = torch.empty_like(loc).normal_(generator=generator)
+    actions = squash(loc if greedy else torch.addcmul(loc, scale, noise))
+    return actions.cpu().numpy() * ((high - low) / 2) + (high + low) / 2
+
+
 def by_seed(x, num_seeds):
     """What the rollout made in all environments, (num_steps, S * num_envs, …), as (S, num_steps * num_envs, …)."""
     return x.unflatten(1, (num_seeds, -1)).transpose(0, 1).flatten(1, 2)
@@ -461,7 +371,7 @@ class Rollout(NamedTuple):
 def rollout(envs, act, normalizer, obs, noise, running):
     """Step each environment ``len(noise)`` times from ``obs[0]`` on; returns a Rollout and the episodes that ended.
 
-    envs: a synchronous envpool. ``act(obs, noise)`` gives actions in (-1, 1), as ``sample`` does.
+    envs: a synchronous envpool. ``act(obs, noise)`` gives actions in (-1, 1), as ``sample`` does, in a tuple.
     obs: (num_steps + 1, num_envs, D + 1) normalised, on the training device, filled from index 1.
     noise: (num_steps, num_envs, A) standard normal, from which the actions are made.
     running: (2, num_envs) return and length so far of the episodes in progress, carried on from rollout to rollout.
@@ -473,7 +383,7 @@ def rollout(envs, act, normalizer, obs, noise, running):
     rewards, dones = np.zeros((2, num_steps, num_envs), dtype=np.float32)
     actions, episodes = torch.empty_like(noise), []
     for step, (seen, following, random, action) in enumerate(zip(obs[:-1], obs[1:], noise, actions, strict=True)):
-        action.copy_(act(seen, random))  # a CUDA graph writes its next results over these
+        action.copy_(act(seen, random)[0])  # a CUDA graph writes its next results over these
         next_obs, rewards[step], terminated, truncated, _ = envs.step(action.cpu().numpy() * half_width + midpoint)
         dones[step] = done = terminated | truncated
         running[0] += rewards[step]
@@ -490,6 +400,21 @@ def rollout(envs, act, normalizer, obs, noise, running):
         following.copy_(normalizer(next_obs, running[1]))
     rewards, dones = (torch.from_numpy(x).to(obs.device) for x in (rewards, dones))
     return Rollout(actions, rewards, dones), episodes
+
+
+def not_finite(transitions, obs, num_envs):
+    """Seeds whose rollout has a number that is not finite, and what that is: the earliest first.
+
+    Of one step, the first in the order of cause and effect.
+    """
+    made = {"action": transitions.actions, "observation": obs[1:], "reward": transitions.rewards}
+    broken = []
+    for name, x in made.items():
+        which = (~x.isfinite()).view(*x.shape[:2], -1).any(-1)
+        broken += [(step, i, name) for step, i in which.nonzero().tolist()]
+    for step, i, name in sorted(broken, key=lambda at: at[0]):
+        where = f"environment {i % num_envs} in step {step + 1} of the rollout"
+        yield i // num_envs, f"the {name} of {where} is not finite"
 
 
 def gae(rewards, values, next_values, dones, gamma, gae_lambda):
@@ -582,23 +507,22 @@ def critic_loss(newvalue, held, mb, args, everything=True):
 
     logged = {}
     if args.critic_pfo_coef or everything:
-        limits = args.critic_pfo_distance, args.critic_pfo_limit
-        distance, out_of_trust = feature_distance(held, mb["critic_held"], *limits)
+        distance, out_of_trust = feature_distance(held, mb["critic_held"], args.pfo_distance, args.pfo_limit)
         logged["pfo_critic"] = distance.mean()
-    if args.critic_pfo_coef and args.critic_pfo_mode == "clip":
+    if args.critic_pfo_coef and args.pfo_mode == "clip":
         v_loss = torch.where(out_of_trust, v_loss.detach(), v_loss)
     logged["value_loss"] = 0.5 * v_loss.mean()
     loss = args.vf_coef * logged["value_loss"]
-    if args.critic_pfo_coef and args.critic_pfo_mode == "regularize":
+    if args.critic_pfo_coef and args.pfo_mode == "regularize":
         loss = loss + args.critic_pfo_coef * logged["pfo_critic"]
     return loss, logged
 
 
 def losses(agent, mb, kl_coef, args, everything=True):
     """The sum of both losses on a minibatch, and what is logged of them by name."""
-    policy, value = agent(mb["obs"], "all" in (args.pfo_layers, args.critic_pfo_layers))
+    policy, value = agent(mb["obs"], args.pfo_layers == "all")
     held = pfo_input(policy, args.pfo_layers, args.pfo_on)
-    critic_held = pfo_input(value, args.critic_pfo_layers, args.critic_pfo_on)
+    critic_held = pfo_input(value, args.pfo_layers, args.pfo_on)
     a_loss, a_logged = actor_loss(policy.output, held, mb, agent.half_width, kl_coef, args, everything)
     c_loss, c_logged = critic_loss(value.output.squeeze(-1), critic_held, mb, args, everything)
     return a_loss + c_loss, {name: x.detach() for name, x in {**a_logged, **c_logged}.items()}
@@ -619,80 +543,76 @@ def gradients(agents, losses, mb, kl_coef, args):
     return torch.cat(clipped, dim=1), dict(zip(logged, torch.stack(list(logged.values())).unbind(), strict=True))
 
 
-class Differentiate:
-    """``gradients`` by recordings, which know tensors alone: one with everything that is logged, one with less."""
-
-    def __init__(self, agents, gradients, *of_replay):
-        self.agents, self.gradients, self.of_replay, self.names, self.replays = agents, gradients, of_replay, {}, {}
-
-    def __call__(self, mb, kl_coef, everything, plain, checked, trial):
-        """The gradients and what is logged; ``plain`` is without a recording, ``checked`` and ``trial`` are for one."""
-        self.agents.adopt()
-        if plain:
-            return self.gradients(mb, kl_coef, everything)
-        if everything not in self.replays:
-            self.replays[everything] = Replay(self._flat(everything, list(mb)), "a gradient", *self.of_replay)
-        replay = self.replays[everything]
-        replay.off |= any(other.off for other in self.replays.values())
-        if checked or trial:
-            grad, logged = replay.checked(kl_coef, *mb.values(), trial=trial)
-        else:
-            grad, logged = replay(kl_coef, *mb.values())
-        return grad, dict(zip(self.names[everything], logged.unbind(), strict=True))
-
-    def _flat(self, everything, columns):
-        def flat(kl_coef, *tensors):
-            grad, logged = self.gradients(dict(zip(columns, tensors, strict=True)), kl_coef, everything)
-            self.names[everything] = list(logged)
-            return grad, torch.stack(list(logged.values()))
-
-        return flat
-
-    def agrees(self, mb, kl_coef):
-        """Whether the recordings still give what the plain code gives."""
-        self.agents.adopt()
-        return any(replay.off for replay in self.replays.values()) or all(
-            replay.agrees(kl_coef, *mb.values()) for replay in self.replays.values()
-        )
-
-
 def make_optimizers(agent, args):
     """An Adam for each part of the agent."""
     adam = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps, "fused": True}
     return tuple(torch.optim.Adam(part.parameters(), **adam) for part in agent.parts())
 
 
-def shuffled(batch, minibatch_size, generators, learning):
-    """One epoch: minibatches of the tensors (S, B, …) in ``batch`` in random order, each with noise for the entropy.
+def shuffled(batch, epochs, minibatch_size, generators, learning):
+    """Minibatches of the tensors (S, B, …) in ``batch``, in an order of each epoch, with noise for the entropy.
 
     The seeds that are not in ``learning`` draw no random numbers, as a separate run that has stopped early.
     """
     z = batch["z"]
     num_seeds, batch_size = z.shape[:2]
-    order = torch.arange(num_seeds * batch_size, device=z.device).view(num_seeds, batch_size)
-    noise = torch.zeros_like(z)
-    for s in learning:
-        order[s] = s * batch_size + torch.randperm(batch_size, generator=generators[s], device=z.device)
-        noise[s] = torch.randn(z.shape[1:], generator=generators[s], device=z.device)
-    order = order.flatten()
-    parts = {
-        name: x.flatten(0, 1).index_select(0, order).view_as(x).split(minibatch_size, dim=1)
-        for name, x in batch.items()
-    }
-    parts["noise"] = noise.split(minibatch_size, dim=1)
-    for mb in zip(*parts.values(), strict=True):
-        yield dict(zip(parts, mb, strict=True))
+    for _ in range(epochs):
+        order = torch.arange(num_seeds * batch_size, device=z.device).view(num_seeds, batch_size)
+        noise = torch.zeros_like(z)
+        for s in learning:
+            order[s] = s * batch_size + torch.randperm(batch_size, generator=generators[s], device=z.device)
+            noise[s] = torch.randn(z.shape[1:], generator=generators[s], device=z.device)
+        order = order.flatten()
+        parts = {name: x.flatten(0, 1).index_select(0, order).view_as(x) for name, x in batch.items()}
+        parts = {name: x.split(minibatch_size, dim=1) for name, x in (parts | {"noise": noise}).items()}
+        for mb in zip(*parts.values(), strict=True):
+            yield dict(zip(parts, mb, strict=True))
 
 
-def compiled(function, device):
-    """``function`` through torch.compile with static shapes, on CUDA as CUDA graphs."""
-    fast = torch.compile(function, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
+class Learner:
+    """What one seed has for itself, made with the random numbers that its run alone would draw."""
 
-    def call(*args):
-        torch.compiler.cudagraph_mark_step_begin()  # what the last call returned may be written over
-        return fast(*args)
+    def __init__(self, args, checkpoint, device):
+        torch.manual_seed(args.seed)
+        self.rng = np.random.default_rng(args.seed)
+        if checkpoint:
+            self.rng.bit_generator.state = checkpoint["random_states"]["numpy"]  # for new seeds of envs
+        self.env_seeds = self.rng.integers(2**31, size=args.num_envs).tolist()
+        spaces = envpool.make_spec(args.env_id)
+        if not spaces.observation_space.shape:
+            why = "its observations must be vectors; they are a dict, as all of dm_control's are"
+            fail(f"--env-id {args.env_id}: {why}")
+        self.box = spaces.action_space.low, spaces.action_space.high
+        self.obs_dim = spaces.observation_space.shape[0]
+        if checkpoint:
+            check_shapes(checkpoint, Agent, self.obs_dim, *self.box, args)
+            self.normalizer = Normalizer(np.zeros(self.obs_dim), np.zeros(self.obs_dim), 0)  # to be restored
+        else:
+            norm_seeds = self.rng.integers(2**31, size=args.num_envs).tolist()
+            self.normalizer = random_statistics(args, norm_seeds, self.rng)
+        self.agent = Agent(self.obs_dim, *self.box, args).to(device)
+        self.optimizers = make_optimizers(self.agent, args)
+        if checkpoint:
+            restore(checkpoint, self.agent, self.optimizers, device, normalizer=self.normalizer.state_dict())
+            self.normalizer = Normalizer.load(checkpoint["normalizer"])
+        self.states_of_start = random_states(device)
+        self.generator = torch.Generator(device)
+        self.generator.set_state(self.states_of_start[device.type])
 
-    return call
+    def state(self, kl_coef):
+        """What a checkpoint holds of the seed."""
+        own = {self.generator.device.type: self.generator.get_state(), "numpy": self.rng.bit_generator.state}
+        return {
+            "script": os.path.basename(__file__),
+            "agent": self.agent.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "kl_coef": kl_coef.item(),
+            "normalizer": self.normalizer.state_dict(),
+            "obs_dim": self.obs_dim,
+            "action_low": torch.from_numpy(self.box[0]),
+            "action_high": torch.from_numpy(self.box[1]),
+            "random_states": {**self.states_of_start, **own},
+        }
 
 
 def set_threads(args):
@@ -719,15 +639,6 @@ def adapted_kl_coef(kl_coef, kl, args):
     return min(max(kl_coef * factor, 1e-6), 1e6)
 
 
-def clone(x):
-    """A copy of a tensor, without what lies beside it in a batch; anything else as it is."""
-    return x.clone() if isinstance(x, Tensor) else x
-
-
-def flat_weights(network):
-    return torch.cat([p.detach().flatten() for p in network.parameters()])
-
-
 def diagnose(before, after, z, noise, half_width, args):
     """The representation and trust region measures of a rollout, by tag.
 
@@ -745,155 +656,42 @@ def diagnose(before, after, z, noise, half_width, args):
         tags[f"representation/{when}/value_mean"] = value.mean()
         tags[f"representation/{when}/value_std"] = value.std()
         for name, network in networks.items():
-            measures = {
-                **feature_ranks(network.features),
-                "dead_units": dead_units(network.features, args.activation),
-                "dormant_fraction": dormant_fraction(network.features),
-                **feature_stats(network.features),
-                "preactivation_norm": mean_norm(network.preactivations),
-                "all_preactivation_norm": mean_norm(network.all_preactivations),
-            }
+            measures = layer_measures(network, args.activation)
             tags.update({f"representation/{when}/{name}/{measure}": x for measure, x in measures.items()})
-    for tag in [tag for tag in tags if tag.startswith("representation/after/")]:
-        if tag.endswith(("rank", "dead_units", "norm", "policy_variance")):
-            tags[tag.replace("/after/", "/delta/")] = tags[tag] - tags[tag.replace("/after/", "/before/")]
+    tags |= deltas(tags)
 
     logratio = normal_log_prob(z, new_loc, new_scale) - normal_log_prob(z, loc, scale)
     tags.update({f"trust_region/{name}": x for name, x in ratio_stats(logratio, args.clip_coef).items()})
     tags["trust_region/kl"] = normal_kl(loc, scale, new_loc, new_scale).mean()
     for name in ("actor", "critic"):
-        for layer in ("features", "preactivations", "all_preactivations"):
-            drift = feature_drift(getattr(before[name], layer), getattr(after[name], layer))
-            tags.update({f"trust_region/{name}_{layer[:-1]}_{distance}": x for distance, x in drift.items()})
+        drifts = feature_drifts(before[name], after[name])
+        tags.update({f"trust_region/{name}_{measure}": x for measure, x in drifts.items()})
     return {tag: float(x) for tag, x in tags.items()}
 
 
-def render_frame(env_id):
-    """One image of a simulation; where there is no OpenGL, this ends the process."""
-    envs = envpool.make(env_id, env_type="gymnasium", num_envs=1, seed=0, render_mode="rgb_array")
-    envs.reset()
-    return envs.render(env_ids=[0])[0]
-
-
-def can_render(env_id):
-    """Whether ``render_frame`` works, tried in a process of its own."""
-    code = "import runpy, sys; runpy.run_path(sys.argv[1])['render_frame'](sys.argv[2])"
-    script = os.path.abspath(__file__)
-    command = [sys.executable, "-c", code, script, env_id]
-    with contextlib.suppress(subprocess.TimeoutExpired):  # of a driver that hangs
-        return subprocess.run(command, cwd=os.path.dirname(script), capture_output=True, timeout=120).returncode == 0
-    return False
-
-
-@torch.no_grad()
-def evaluate(agent, normalizer, args, device, seeds, greedy, video=None):
-    """Returns and lengths of one whole episode for each of ``seeds``.
-
-    The actions are sampled or ``greedy``, the normal's loc; the first episode is recorded to the path ``video``.
-    Training's own random states stay as they are.
-    """
-    envs = make_envs(args, len(seeds), seeds, render_mode="rgb_array" if video else None)
-    low, high = envs.action_space.low, envs.action_space.high
-    half_width, midpoint = (high - low) / 2, (high + low) / 2
-    generator = torch.Generator(device).manual_seed(seeds[0])
-    obs, _ = envs.reset()
-    returns, lengths, playing = np.zeros(len(seeds)), np.zeros(len(seeds)), np.arange(len(seeds), dtype=np.int32)
-    with contextlib.ExitStack() as stack:
-        film = None
-        if video:
-            video.parent.mkdir(exist_ok=True)
-            film = stack.enter_context(imageio.get_writer(video, fps=50, macro_block_size=2))
-        while playing.size:
-            if film and playing[0] == 0:
-                film.append_data(envs.render(env_ids=[0])[0])
-            loc, scale = loc_and_scale(agent.policy(normalizer(obs, lengths[playing]).to(device)).output)
-            noise = torch.empty_like(loc).normal_(generator=generator)
-            actions = squash(loc if greedy else torch.addcmul(loc, scale, noise))
-            obs, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy() * half_width + midpoint, playing)
-            returns[playing] += rewards
-            lengths[playing] += 1
-            ongoing = ~(terminated | truncated)
-            obs, playing = obs[ongoing], playing[ongoing]
-    envs.close()
-    return returns, lengths
-
-
-if __name__ == "__main__":
-    args = parse_args(Args)
-    check_args(args)
-    quit_on_interrupt()
-    device = pick_device(args.device)
-    keep_freed_memory()
-    set_threads(args)
-    args_of_seeds = of_each_seed(args)
-    T, S, N, B = args.num_steps, len(args_of_seeds), args.num_envs, args.batch_size
-    restored = {"kl_coef": float, "normalizer": dict, "episodes": int, "recent_returns": list}
-    checkpoints_of_seeds = find_checkpoints(args_of_seeds, os.path.basename(__file__), **restored)
+def make_runs(args_of_seeds, learners, checkpoints, kl_coef, device):
+    """The run of each seed, with its folder."""
+    args, runs = args_of_seeds[0], Runs([])
     film = args.capture_video and can_render(args.env_id)
-
-    # Seeding
-    if args.torch_deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not args.torch_deterministic
-
-    # Environments and networks of each seed, with the random numbers that its run alone would draw
-    env_seeds, normalizers, agents, optimizers, generators, states_of_start, rngs = [], [], [], [], [], [], []
-    for of_seed, checkpoint in zip(args_of_seeds, checkpoints_of_seeds, strict=True):
-        torch.manual_seed(of_seed.seed)
-        rng = np.random.default_rng(of_seed.seed)
-        if checkpoint:
-            rng.bit_generator.state = checkpoint["random_states"]["numpy"]  # so the environments get seeds of their own
-        env_seeds += rng.integers(2**31, size=N).tolist()
-        spaces = envpool.make_spec(args.env_id)
-        if not spaces.observation_space.shape:
-            fail(
-                f"--env-id {args.env_id}: its observations must be vectors; they are a dict, as all of dm_control's are"
-            )
-        action_low, action_high = spaces.action_space.low, spaces.action_space.high
-        obs_dim, action_dim = spaces.observation_space.shape[0], len(action_low)
-        if checkpoint:
-            check_shapes(checkpoint, Agent, obs_dim, action_low, action_high, args)
-            normalizers.append(Normalizer(np.zeros(obs_dim), np.zeros(obs_dim), 0))  # to be restored
-        else:
-            norm_seeds = rng.integers(2**31, size=N).tolist()
-            normalizers.append(random_statistics(args, norm_seeds, rng))
-        agents.append(Agent(obs_dim, action_low, action_high, args).to(device))
-        optimizers.append(make_optimizers(agents[-1], args))
-        if checkpoint:
-            restore(checkpoint, agents[-1], optimizers[-1], device, normalizer=normalizers[-1].state_dict())
-            normalizers[-1] = Normalizer.load(checkpoint["normalizer"])
-        states_of_start.append(random_states(device))
-        generators.append(torch.Generator(device))
-        generators[-1].set_state(states_of_start[-1][device.type])
-        rngs.append(rng)
-    envs = make_envs(args, S * N, env_seeds)
-    # Row by row of the environments, the statistics of the seed that they belong to
-    mean, std = (np.repeat([getattr(x, name) for x in normalizers], N, axis=0) for name in ("mean", "std"))
-    normalizer = Normalizer(mean, std, normalizers[0].time_limit)
-    together = Batch(agents)
-    take_step = Optimizers(together, optimizers).step
-    kl_coef = torch.full((S,), args.kl_coef, device=device)
-    for s, checkpoint in enumerate(checkpoints_of_seeds):
-        if checkpoint:
-            kl_coef[s] = checkpoint["kl_coef"]
-
-    # The runs' folders: from here on, something is written
-    runs = [
-        Run(args_of_seeds[s], args.num_iterations * B, checkpoints_of_seeds[s], unit="step", console=s == 0)
-        for s in range(S)
-    ]
-    say = runs[0].say
-    together.say = say
+    for s, (of_seed, learner, checkpoint) in enumerate(zip(args_of_seeds, learners, checkpoints, strict=True)):
+        policy = partial(choose, learner.agent, learner.normalizer, learner.box)
+        evaluation = partial(play, partial(make_envs, of_seed), policy, device, 50)
+        runs.add(Run(of_seed, partial(learner.state, kl_coef[s]), checkpoint, evaluation, film, console=s == 0))
     if args.capture_video and not film:
-        say("--capture-video: MuJoCo can't render here, for want of EGL; training goes on without videos")
+        runs[0].say("--capture-video: MuJoCo can't render here, for want of EGL; training goes on without videos")
+    return runs
+
+
+def of_all_seeds(agents, args, device, say):
+    """Acting and differentiating for all agents of a Batch at once, by recordings where they can be made."""
 
     @torch.no_grad()
     def act_of_all(obs, noise):
-        return (together.each(act)(obs.unflatten(0, (S, N)), noise.unflatten(0, (S, N))).flatten(0, 1),)
+        actions = agents.each(act)(*(x.unflatten(0, (len(agents.modules), -1)) for x in (obs, noise)))
+        return (actions.flatten(0, 1),)
 
     losses_of_all = {
-        everything: together.each(lambda agent, mb, kl_coef, e=everything: losses(agent, mb, kl_coef, args, e))
+        everything: agents.each(lambda agent, mb, kl_coef, e=everything: losses(agent, mb, kl_coef, args, e))
         for everything in (True, False)
     }
     if args.compile:
@@ -901,103 +699,70 @@ if __name__ == "__main__":
         losses_of_all = {everything: compiled(x, device) for everything, x in losses_of_all.items()}
 
     def gradients_of_all(mb, kl_coef, everything):
-        return gradients(together, losses_of_all[everything], mb, kl_coef, args)
+        return gradients(agents, losses_of_all[everything], mb, kl_coef, args)
 
-    of_replay = (vars(args), together.state, say, device.type != "cpu" or args.compile or not args.record)
-    acting = Replay(act_of_all, "acting", *of_replay, in_numpy=True)
+    of_replay = (vars(args), agents.state, say, device.type != "cpu" or args.compile or not args.record)
+    return Replay(act_of_all, "acting", *of_replay, in_numpy=True), Differentiate(agents, gradients_of_all, *of_replay)
 
-    def choose(obs, noise):
-        return (acting.checked(obs, noise, trial=True) if trial else acting(obs, noise))[0]
 
-    differentiate = Differentiate(together, gradients_of_all, *of_replay)
+@torch.no_grad()
+def acted_apart(agents, obs, noise, actions):
+    """Mean distance of each seed's actions in a rollout from those of its policy, in every 16th step."""
+    some, num_seeds = slice(None, -1, 16), len(agents.modules)
+    expected = agents.each(act)(by_seed(obs[some], num_seeds), by_seed(noise[some], num_seeds))
+    return (expected - by_seed(actions[some], num_seeds)).abs().mean((1, 2)).tolist()
 
-    def state(s, iteration):
-        return {
-            "script": os.path.basename(__file__),
-            "agent": {name: x.clone() for name, x in agents[s].state_dict().items()},
-            "optimizers": tree_map(clone, [optimizer.state_dict() for optimizer in optimizers[s]]),
-            "kl_coef": kl_coef[s].item(),
-            "normalizer": normalizers[s].state_dict(),
-            "obs_dim": obs_dim,
-            "action_low": torch.from_numpy(action_low),
-            "action_high": torch.from_numpy(action_high),
-            "iteration": iteration,
-            "global_step": iteration * B,
-            "episodes": episodes[s],
-            "recent_returns": list(map(float, recent_returns[s])),
-            "random_states": {
-                **states_of_start[s],
-                device.type: generators[s].get_state(),
-                "numpy": rngs[s].bit_generator.state,
-            },
-        }
 
-    def stop(s, why):
-        """End the run of one seed; its environments go on with its last good policy, and nobody learns from them."""
-        holds = "holds" if runs[s].save_checkpoint(previous_step, good[s]) else "lacks"
-        agents[s].load_state_dict(good[s]["agent"])
-        training.remove(s)
-        runs[s].close(exit_code=1, keep_bar=bool(training))
-        line = f"{why} in iteration {iteration}; {runs[s].folder} {holds} the state before it"
-        say(f"error: {line}", file=sys.stderr)
-        if not training:
-            raise SystemExit(1)
+if __name__ == "__main__":
+    args = parse_args(Args)
+    check_args(args)
+    device = prepare(args)
+    set_threads(args)
+    args_of_seeds = of_each_seed(args)
+    T, S, N, B = args.num_steps, len(args_of_seeds), args.num_envs, args.batch_size
+    checkpoints = find_checkpoints(args_of_seeds, os.path.basename(__file__), kl_coef=float, normalizer=dict)
 
-    interrupted = StopRequest()
-    start_time = time.time()
-    diagnostics_interval = args.diagnostics_interval or math.ceil(args.num_iterations / 1000)
-    snapshots = milestones(args.num_iterations, 0.025) | {0}
-    checkpoints = milestones(args.num_iterations, args.checkpoint_interval) | snapshots
-    evaluations = milestones(args.num_iterations, args.eval_interval or 1) if args.eval_episodes else set()
-    running, episodes, recent_returns = np.zeros((2, S * N)), [0] * S, [deque(maxlen=100) for _ in range(S)]
+    # Environments and networks of each seed
+    learners = [Learner(*of_seed, device) for of_seed in zip(args_of_seeds, checkpoints, strict=True)]
+    agents, generators = [x.agent for x in learners], [x.generator for x in learners]
+    action_dim, obs_dim = len(agents[0].half_width), learners[0].obs_dim
+    envs = make_envs(args, S * N, list(itertools.chain(*(x.env_seeds for x in learners))))
+    # Row by row of the environments, the statistics of the seed that they belong to
+    mean, std = (np.repeat([getattr(x.normalizer, name) for x in learners], N, axis=0) for name in ("mean", "std"))
+    normalizer = Normalizer(mean, std, learners[0].normalizer.time_limit)
+    together = Batch(agents)
+    take_step = Optimizers(together, [x.optimizers for x in learners]).step
+    kl_coef = torch.tensor([x["kl_coef"] if x else args.kl_coef for x in checkpoints], device=device)
+
+    runs = make_runs(args_of_seeds, learners, checkpoints, kl_coef, device)  # from here on, something is written
+    together.say = say = runs[0].say
+    acting, differentiate = of_all_seeds(together, args, device, say)
+
     obs = torch.empty((T + 1, S * N, obs_dim + 1), device=device)
-    obs[0] = normalizer(envs.reset()[0], running[1])
-    shown = [{} for _ in range(S)]
-    training = set(range(S))
-    done = 0  # iterations before this process
-    for s, checkpoint in enumerate(checkpoints_of_seeds):
-        if checkpoint:
-            done, episodes[s] = checkpoint["iteration"], checkpoint["episodes"]
-            recent_returns[s].extend(checkpoint["recent_returns"])
-        else:
-            runs[s].save_checkpoint(0, state(s, 0))
+    running = np.zeros((2, S * N))
+    obs[-1] = normalizer(envs.reset()[0], running[1])
 
-    for iteration in range(done + 1, args.num_iterations + 1):
-        diagnosed = (iteration - 1) % diagnostics_interval == 0 or iteration == args.num_iterations
-        previous_step, global_step = (iteration - 1) * B, iteration * B
-        scalars = [{} for _ in range(S)]
-        good = [state(s, iteration - 1) for s in range(S)]
+    for iteration in runs:
+        trial = iteration == runs.first  # recordings are used once they have done this iteration as the plain code does
+        for s in set(range(S)) - set(runs.training):
+            agents[s].load_state_dict(runs[s].good["agent"])  # its environments go on, and nobody learns from them
 
         # Rollout
-        rollout_start = time.time()
-        noise = [torch.randn((T, N, action_dim), generator=generator, device=device) for generator in generators]
-        noise = torch.cat(noise, dim=1)
-        trial = iteration == done + 1  # recordings are used once they have done this iteration as the plain code does
         together.adopt()
+        obs[0] = obs[-1]
+        noise = torch.cat([torch.randn((T, N, action_dim), generator=x, device=device) for x in generators], dim=1)
         acting.checked(obs[0], noise[0], trial=False)
-        transitions, ended = rollout(envs, choose, normalizer, obs, noise, running)
-        made = {"action": transitions.actions, "observation": obs[1:], "reward": transitions.rewards}
-        broken = {name: (~x.isfinite()).view(T, S * N, -1).any(-1).nonzero() for name, x in made.items()}
-        # The earliest first, and of one step the first in the order of cause and effect
-        for step, i, name in sorted(
-            ((*at, name) for name, x in broken.items() for at in x.tolist()), key=lambda at: at[0]
-        ):
-            if i // N in training:
-                stop(i // N, f"the {name} of environment {i % N} in step {step + 1} of the rollout is not finite")
-        for s in sorted(training):
-            of_seed = [episode[1:] for episode in ended if episode[0] // N == s]
-            for steps, episode_return, length in of_seed:
-                scalars_of_episode = {"charts/episodic_return": episode_return, "charts/episodic_length": length}
-                runs[s].log(scalars_of_episode, previous_step + steps * N)
-                recent_returns[s].append(episode_return)
-            if of_seed:
-                episodes[s] += len(of_seed)
-                scalars[s]["charts/rollout_return"] = np.mean([episode[1] for episode in of_seed])
-                scalars[s]["charts/rollout_length"] = np.mean([episode[2] for episode in of_seed])
+        policy = partial(acting.checked, trial=True) if trial else acting
+        transitions, ended = rollout(envs, policy, normalizer, obs, noise, running)
+        for s, why in not_finite(transitions, obs, N):
+            if s in runs.training:
+                runs[s].stop(why)
+        for s in runs.training:
+            runs[s].log_episodes([(steps * N, *episode) for i, steps, *episode in ended if i // N == s])
+        runs.lap("rollout")
 
         # Advantages, and everything by seed, (S, B, …)
-        update_start = time.time()
-        all_layers = diagnosed or "all" in (args.pfo_layers, args.critic_pfo_layers)
+        all_layers = runs.diagnosed or args.pfo_layers == "all"
         with torch.no_grad():
             # Of each seed, ((T + 1) * N, …): the policy as it acted, and the value with the one after the last step
             outputs = [agent(x, all_layers) for agent, x in zip(agents, by_seed(obs, S), strict=True)]
@@ -1005,20 +770,14 @@ if __name__ == "__main__":
             advantages, returns = gae(
                 transitions.rewards, values[:-1], values[1:], transitions.dones, args.gamma, args.gae_lambda
             )
-            before = [
-                {name: x.map(lambda x: x[: T * N]) for name, x in zip(("actor", "critic"), output, strict=True)}
-                for output in outputs
-            ]
-            output = torch.stack([of_seed["actor"].output for of_seed in before])
-            loc, scale = loc_and_scale(output)
+            before = [{"actor": x.map(lambda x: x[:B]), "critic": y.map(lambda x: x[:B])} for x, y in outputs]
+            loc, scale = loc_and_scale(torch.stack([x["actor"].output for x in before]))
             z = unsquash(by_seed(transitions.actions, S))
-            some = slice(None, -1, 16)  # of the rollout's steps, to see whether the policy that learns has acted
-            apart = together.each(act)(by_seed(obs[some], S), by_seed(noise[some], S))
-            apart = (apart - by_seed(transitions.actions[some], S)).abs().mean((1, 2)).tolist()
-        for s in sorted(training):
+        apart = acted_apart(together, obs, noise, transitions.actions)
+        for s in runs.training:
             if not acting.off and apart[s] > 1e-4:
                 off = f"{apart[s]:.1g} off those of the policy that learns"
-                stop(s, f"the actions are {off}: what changes within a rollout needs --no-record")
+                runs[s].stop(f"the actions are {off}: what changes within a rollout needs --no-record")
         batch = {
             "obs": by_seed(obs[:-1], S),
             "z": z,
@@ -1029,28 +788,22 @@ if __name__ == "__main__":
             "advantages": by_seed(advantages, S),
             "returns": by_seed(returns, S),
             "actor_held": torch.stack([pfo_input(x["actor"], args.pfo_layers, args.pfo_on) for x in before]),
-            "critic_held": torch.stack(
-                [pfo_input(x["critic"], args.critic_pfo_layers, args.critic_pfo_on) for x in before]
-            ),
+            "critic_held": torch.stack([pfo_input(x["critic"], args.pfo_layers, args.pfo_on) for x in before]),
         }
 
         # Update phase
-        for optimizer in itertools.chain(*optimizers):
+        for optimizer in itertools.chain(*(x.optimizers for x in learners)):
             optimizer.param_groups[0]["lr"] = learning_rate(iteration, args)
             if args.reset_optimizer:
                 optimizer.state.clear()
-        if diagnosed:
+        if runs.diagnosed:
             weights = [{name: flat_weights(network) for name, network in agent.networks().items()} for agent in agents]
-        logged, num_minibatches = [[] for _ in range(S)], B // args.minibatch_size
-        num_updates = args.update_epochs * num_minibatches
-        learning = set(training)
-        minibatches = (
-            mb for _ in range(args.update_epochs) for mb in shuffled(batch, args.minibatch_size, generators, learning)
-        )
-        for k, mb in enumerate(minibatches):
+        num_updates = args.update_epochs * (B // args.minibatch_size)
+        learning, logged = set(runs.training), [[] for _ in range(S)]
+        for k, mb in enumerate(shuffled(batch, args.update_epochs, args.minibatch_size, generators, learning)):
             # Logged are the first and the last minibatch, and the KL of each where something hangs on it.
-            everything = k in (0, num_updates - 1) or bool(args.kl_coef or args.target_kl)
             at_an_end = k in (0, num_updates - 1)
+            everything = at_an_end or bool(args.kl_coef or args.target_kl)
             grad, stats = differentiate(mb, kl_coef, everything, plain=at_an_end, checked=k == 1, trial=trial)
             take_step(grad, learning)
             for s in learning:
@@ -1060,98 +813,35 @@ if __name__ == "__main__":
                 if not learning:
                     break
         if not differentiate.agrees(mb, kl_coef):
-            for s in sorted(training):
-                stop(s, "a loss reads what changes within an update phase, which needs a tensor or --no-record")
-        # The one transfer of the update phase: (number of updates and names, S)
-        updates = max(map(len, logged))
-        longest = next(stats for stats in logged if len(stats) == updates)
-        numbers = torch.stack([x for stats in longest for x in stats.values()]).T.tolist()
-        update_time = time.time() - update_start
+            for s in runs.training:
+                runs[s].stop("a loss reads what changes within an update phase, which needs a tensor or --no-record")
+        logged = numbers_of_each(logged)
+        runs.lap("update")
         variances = batch["returns"].var(1).tolist(), (batch["returns"] - batch["values"]).var(1).tolist()
-        for s in sorted(training):
-            of_seed = iter(numbers[s])
-            of_seed = [{name: next(of_seed) for name in stats} for stats in logged[s]]
-            names = agents[s].networks()
-            grad_norms = {name: [stats.pop(f"{name}_grad_norm") for stats in of_seed] for name in names}
-            for name in of_seed[0].keys() - {"kl"}:
-                scalars[s][f"losses/first_minibatch/{name}"] = of_seed[0][name]
-                scalars[s][f"losses/last_minibatch/{name}"] = scalars[s][f"losses/{name}"] = of_seed[-1][name]
-            scalars[s]["losses/clipfrac"] = np.mean([stats["clipfrac"] for stats in of_seed])
-            scalars[s]["losses/early_stop"] = 1 - len(of_seed) / num_updates
-            scalars[s]["losses/kl_coef"] = kl_coef[s].item()
+        for s in runs.training:
+            runs[s].scalars["charts/learning_rate"] = learning_rate(iteration, args)
+            runs[s].scalars |= of_update_phase(logged[s], num_updates, kl_coef[s].item())
             if args.kl_coef:
-                last_epoch = (len(of_seed) - 1) // num_minibatches * num_minibatches
-                kl = np.mean([stats["kl"] for stats in of_seed[last_epoch:]])
+                kl = kl_of_last_epoch(logged[s], B // args.minibatch_size)
                 kl_coef[s] = adapted_kl_coef(kl_coef[s].item(), kl, args)
             if variances[0][s] > 0:
-                scalars[s]["losses/explained_variance"] = 1 - variances[1][s] / variances[0][s]
-            else:
-                runs[0].say_once("losses/explained_variance is logged only where the returns of a rollout differ")
-            if diagnosed:
-                scalars[s] |= {f"optim/{name}/grad_norm": np.mean(x) for name, x in grad_norms.items()}
-            checked = {name: [stats[name] for stats in of_seed] for name in ("policy_loss", "value_loss")}
-            if args.ent_coef:  # else it is a diagnostic, which stops no run
-                checked["entropy"] = [of_seed[0]["entropy"], of_seed[-1]["entropy"]]
-            networks = agents[s].networks().items()
-            checked |= {f"{name}'s weight": [flat_weights(x).abs().max().item()] for name, x in networks}
+                runs[s].scalars["losses/explained_variance"] = 1 - variances[1][s] / variances[0][s]
+            # Without its coefficient, the entropy is a diagnostic, which stops no run.
+            of_losses = ("policy_loss", "value_loss", "entropy")[: 3 if args.ent_coef else 2]
+            numbers = to_be_finite(of_losses, logged[s], agents[s].networks())
             with torch.no_grad():
-                checked["policy's output"] = agents[s].policy(obs[-1].unflatten(0, (S, N))[s]).output.flatten().tolist()
-            for name, x in (checked | {f"{name}'s gradient norm": x for name, x in grad_norms.items()}).items():
-                if not all(map(math.isfinite, x)):
-                    runs[s].log(scalars[s], global_step)
-                    stop(s, f"the {name} is not finite")
-                    break
+                numbers["policy's output"] = agents[s].policy(obs[-1].unflatten(0, (S, N))[s]).output.flatten().tolist()
+            runs[s].require_finite(numbers)
 
         # Diagnostics of the whole rollout, by the networks as they now are
-        if diagnosed:
-            diagnostics_start = time.time()
-            for s in sorted(training):
+        if runs.diagnosed:
+            for s in runs.training:
                 with torch.no_grad():
                     after = dict(zip(("actor", "critic"), agents[s](batch["obs"][s], True), strict=True))
-                scalars[s] |= diagnose(before[s], after, z[s], by_seed(noise, S)[s], agents[s].half_width, args)
-                for side in ("above", "below"):
-                    if f"trust_region/ratio_{side}_std" not in scalars[s]:
-                        ratios = f"trust_region/ratio_{side}_* and excess_ratio"
-                        runs[0].say_once(f"{ratios} need ratios {side} the clip range (a std two)")
-                for name, network in agents[s].networks().items():
-                    new = flat_weights(network)
-                    scalars[s][f"optim/{name}/update_norm"] = (new - weights[s][name]).norm().item()
-                    scalars[s][f"optim/{name}/weight_norm"] = new.norm().item()
-                shown[s]["rank"] = scalars[s]["representation/after/actor/pca_rank"]
-                shown[s]["dead"] = scalars[s]["representation/after/actor/dead_units"]
-            times = {"time/rollout": update_start - rollout_start, "time/update": update_time}
-            times["time/diagnostics"] = time.time() - diagnostics_start
-            for s in training:
-                scalars[s] |= times
+                runs[s].scalars |= diagnose(before[s], after, z[s], by_seed(noise, S)[s], agents[s].half_width, args)
+                runs[s].scalars |= of_weights(agents[s].networks(), weights[s], logged[s])
+            runs.lap("diagnostics")
         del outputs, before, batch, transitions
 
-        sps = (iteration - done) * B / (time.time() - start_time)  # of each seed; together they make S times that
-        for s in sorted(training):
-            scalars[s]["charts/learning_rate"] = learning_rate(iteration, args)
-            scalars[s]["charts/SPS"] = scalars[s]["charts/FPS"] = sps
-            runs[s].log(scalars[s], global_step)
-            if recent_returns[s]:
-                shown[s]["return"] = np.mean(recent_returns[s])
-        of_training = [shown[s] for s in training]
-        means = {name: np.mean([x[name] for x in of_training if name in x]) for name in of_training[0]}
-        runs[0].progress(global_step, **means)
-        if diagnosed:
-            runs[0].report(global_step, sps, **means)
-        # After logging, since what was logged up to a checkpoint is what a resumed run keeps
-        if iteration in checkpoints or interrupted:
-            for s in sorted(training):
-                runs[s].save_checkpoint(global_step, state(s, iteration), iteration in snapshots)
-        if iteration in evaluations:  # with the checkpoints saved: what only looks at the agents can't cost them
-            for s in sorted(training):
-                seeds = (
-                    np.random.SeedSequence([args_of_seeds[s].seed, global_step]).generate_state(args.eval_episodes) // 2
-                )
-                subject = partial(evaluate, agents[s], normalizers[s], args, device, seeds.tolist())
-                runs[s].evaluate(subject, global_step, film, say)
-        if interrupted:
-            break
-        obs[0] = obs[-1]
-
     envs.close()
-    exit_codes = {runs[s].close(interrupted.exit_code) for s in training}
-    sys.exit(min(exit_codes - {0}, default=int(len(training) < S)))
+    sys.exit(runs.close())

@@ -15,7 +15,8 @@ import matplotlib
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent))  # which python -P leaves out
-from common.run import check_output, check_range, fail, parse_args
+from common.arguments import check_output, check_range, fail
+from common.run import parse_args
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -29,7 +29,8 @@ from benchmark.logs import (
 )
 from benchmark.measures import collapse, excess_ratio, final_values, last_of, ratio_broken, settled
 from benchmark.table import interval, probability_of_improvement, resampled
-from common.run import check_range, fail, parse_args
+from common.arguments import check_range, fail
+from common.run import parse_args
 
 # What is compared: its words, and whether an effect on it is a ratio or a difference
 MEASURES = {

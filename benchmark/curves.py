@@ -12,7 +12,8 @@ import numpy as np
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common.run import check_output, check_range, fail, parse_args
+from common.arguments import check_output, check_range, fail
+from common.run import parse_args
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -47,7 +47,8 @@ from benchmark.measures import (
     ranks_of,
     smooth,
 )
-from common.run import check_range, fail, parse_args
+from common.arguments import check_range, fail
+from common.run import parse_args
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -22,7 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmark.curves import bootstrap_interval, moving_average
 from benchmark.logs import check_folder, make_folder
-from common.run import check_range, fail, parse_args
+from common.arguments import check_range, fail
+from common.run import parse_args
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -23,7 +23,8 @@ from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
-from common.run import check_range, fail, parse_args
+from common.arguments import check_range, fail
+from common.run import parse_args
 
 RETURN = "charts/rollout_return"
 RANKS = ("effective_rank", "pca_rank", "srank", "feature_rank", "matrix_rank")
@@ -227,12 +228,13 @@ def pfo_name(layers, coef, suite, activation):
 
 def intervention_of(args, script, suite, activation):
     """What sets a run of ours apart from the paper's baseline, in INTERVENTIONS' words where they exist."""
-    parts = []
+    parts, usual = [], {"on": "preactivations", "distance": "l2", "mode": "regularize"}
     for network, prefix in (("", "pfo"), ("critic ", "critic_pfo")):
         if args.get(f"{prefix}_coef"):
-            name = network + pfo_name(args[f"{prefix}_layers"], args[f"{prefix}_coef"], suite, activation)
-            usual = {"on": "preactivations", "distance": "l2", "mode": "regularize"}
-            changed = [args[f"{prefix}_{key}"] for key, value in usual.items() if args[f"{prefix}_{key}"] != value]
+            # The critic's form is the actor's, but in runs from when it had flags of its own.
+            form = {key: args.get(f"{prefix}_{key}", args.get(f"pfo_{key}")) for key in ("layers", *usual)}
+            name = network + pfo_name(form["layers"], args[f"{prefix}_coef"], suite, activation)
+            changed = [form[key] for key, value in usual.items() if form[key] != value]
             parts.append(" ".join([name, *changed]))
     if args.get("reset_optimizer"):
         parts.append("reset Adam")
@@ -568,7 +570,8 @@ def poolable(runs):
 
 
 def _other_args(run):
-    unused = [prefix for prefix in ("pfo", "critic_pfo") if not run.args.get(f"{prefix}_coef")]
+    unused = ["critic_pfo"] if not run.args.get("critic_pfo_coef") else []
+    unused += ["pfo"] if not run.args.get("pfo_coef") and not run.args.get("critic_pfo_coef") else []
     return {
         name: value
         for name, value in run.args.items()

@@ -12,7 +12,8 @@ import matplotlib
 import tyro
 
 from benchmark.curves import COLOURS, FORMATS, STYLES, label_of, save, title_of
-from common.run import check_output, fail, parse_args
+from common.arguments import check_output, fail
+from common.run import parse_args
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

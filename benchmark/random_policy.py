@@ -16,7 +16,8 @@ from envpool.mujoco.gym.registration import gym_mujoco_envs
 import ppo_mujoco
 import ppo_pfo_atari
 from benchmark.curves import bootstrap_interval
-from common.run import check_range, parse_args
+from common.arguments import check_range
+from common.run import parse_args
 
 
 @dataclass

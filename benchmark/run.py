@@ -29,7 +29,8 @@ from rich.live import Live
 from rich.table import Table
 
 from benchmark.attempt import GRACE, REFUSED, ROOT, Unit, defaults_of, flags_of, next_command, states_of, tail
-from common.run import MAY_DIFFER, check_range, fail, parse_args, usable_cores
+from common.arguments import check_range, fail, usable_cores
+from common.run import MAY_DIFFER, parse_args
 
 # A script's line on its progress: steps, unit, and the return among what it shows
 PROGRESS = re.compile(r"([\d,]+)/([\d,]+) \w+, \S+ a second, \S+ left(?:.*?, return (\S+))?")

@@ -17,7 +17,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.run import check_output, check_range, fail, git_revision, library_versions, parse_args
+from common.arguments import check_output, check_range, fail
+from common.run import git_revision, library_versions, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 ATARI = "--num-envs 2 --num-steps 8 --minibatch-size 16 --update-epochs 1"

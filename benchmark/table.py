@@ -26,7 +26,8 @@ from benchmark.logs import (
     writing,
 )
 from benchmark.measures import FINAL_MEASURES, collapse, final_values, rank_when_broken, ratio_broken, settled
-from common.run import check_range, fail, parse_args
+from common.arguments import check_range, fail
+from common.run import parse_args
 
 KEY = ("source", "env_id", "activation", "schedule", "intervention")  # of a row, but for the epochs
 

@@ -32,7 +32,8 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.run import check_range, fail, parse_args
+from common.arguments import check_range, fail
+from common.run import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 

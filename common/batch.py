@@ -6,7 +6,7 @@ import torch
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from common.run import one_line
+from common.arguments import one_line
 
 ALIGNED = 16  # floats: where a tensor of its own would begin, since products round by where their operands lie
 

@@ -15,6 +15,32 @@ RANKS = ("effective_rank", "pca_rank", "srank", "feature_rank", "matrix_rank", "
 SIGMAS = ("sigma_max", "sigma_2", "sigma_min")
 
 
+def layer_measures(network, activation):
+    """All measures of this file for the last hidden layer of a network, and the norm of all hidden layers together.
+
+    Args:
+        network: its `features` (N, D), the outputs of `activation`, `preactivations` (N, D) and `all_preactivations`
+            (N, all units).
+        activation: as for `dead_units`.
+
+    Returns a dict of 0-dim float64 tensors.
+    """
+    return {
+        **feature_ranks(network.features),
+        "dead_units": dead_units(network.features, activation),
+        "dormant_fraction": dormant_fraction(network.features),
+        **feature_stats(network.features),
+        "preactivation_norm": mean_norm(network.preactivations),
+        "all_preactivation_norm": mean_norm(network.all_preactivations),
+    }
+
+
+def deltas(tags):
+    """How far an update phase moved ranks, dead units, norms and the policy's variance: after minus before, by tag."""
+    moved = [x for x in tags if x.endswith(("rank", "dead_units", "norm", "policy_variance")) and "/after/" in x]
+    return {x.replace("/after/", "/delta/"): tags[x] - tags[x.replace("/after/", "/before/")] for x in moved}
+
+
 def feature_ranks(features):
     """All rank measures of φ from one decomposition.
 

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from common.run import one_line
+from common.arguments import one_line
 
 aten = torch.ops.aten
 MAX_REMADE = 4  # recordings, before values that keep changing make the plain code the faster one
@@ -97,6 +97,54 @@ class Replay:
             self.program = program or torch_program(graph, tensors)
         except Exception as error:  # of a function that somebody changed: whatever recording it can raise
             self._give_up(f"it can't be recorded ({type(error).__name__}: {error})")
+
+
+class Differentiate:
+    """``gradients`` by recordings, which know tensors alone: one with everything that is logged, one with less."""
+
+    def __init__(self, agents, gradients, *of_replay):
+        self.agents, self.gradients, self.of_replay, self.names, self.replays = agents, gradients, of_replay, {}, {}
+
+    def __call__(self, mb, kl_coef, everything, plain, checked, trial):
+        """The gradients and what is logged; ``plain`` is without a recording, ``checked`` and ``trial`` are for one."""
+        self.agents.adopt()
+        if plain:
+            return self.gradients(mb, kl_coef, everything)
+        if everything not in self.replays:
+            self.replays[everything] = Replay(self._flat(everything, list(mb)), "a gradient", *self.of_replay)
+        replay = self.replays[everything]
+        replay.off |= any(other.off for other in self.replays.values())
+        if checked or trial:
+            grad, logged = replay.checked(kl_coef, *mb.values(), trial=trial)
+        else:
+            grad, logged = replay(kl_coef, *mb.values())
+        return grad, dict(zip(self.names[everything], logged.unbind(), strict=True))
+
+    def _flat(self, everything, columns):
+        def flat(kl_coef, *tensors):
+            grad, logged = self.gradients(dict(zip(columns, tensors, strict=True)), kl_coef, everything)
+            self.names[everything] = list(logged)
+            return grad, torch.stack(list(logged.values()))
+
+        return flat
+
+    def agrees(self, mb, kl_coef):
+        """Whether the recordings still give what the plain code gives."""
+        self.agents.adopt()
+        return any(replay.off for replay in self.replays.values()) or all(
+            replay.agrees(kl_coef, *mb.values()) for replay in self.replays.values()
+        )
+
+
+def compiled(function, device):
+    """``function`` through torch.compile with static shapes, on CUDA as CUDA graphs."""
+    fast = torch.compile(function, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
+
+    def call(*args):
+        torch.compiler.cudagraph_mark_step_begin()  # what the last call returned may be written over
+        return fast(*args)
+
+    return call
 
 
 def simplify(graph):

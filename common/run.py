@@ -1,17 +1,15 @@
-"""A run's housekeeping: command line, device, folder, event file, W&B, console, checkpoints, resuming and signals.
+"""A run's housekeeping: folder, event file, W&B, console, checkpoints, resuming, signals, and what is due when.
 
 Nothing here knows an algorithm. A script from which every call of this module is deleted still learns.
 """
 
 import atexit
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import glob
 import importlib.metadata
 import io
-import itertools
 import math
 import os
 import platform
@@ -23,12 +21,26 @@ import sys
 import time
 import types
 import typing
+from collections import deque
 from pathlib import Path
 
+import numpy as np
 import torch
-import tyro
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
+from common.arguments import (
+    check_precision,
+    fail,
+    flag,
+    keep_freed_memory,
+    let_go,
+    one_line,
+    parse,
+    pick_device,
+    say,
+    show_what_the_console_can,
+)
 from common.checkpoint import BadCheckpoint, Gone, check_like, load_checkpoint, write_file
 from common.events import EventFile, drop_events
 
@@ -45,45 +57,13 @@ MAY_DIFFER = {
 }
 # Flags that every run has; what a checkpoint lacks of the others came after it, and their defaults are without effect.
 ALWAYS = {"env_id", "exp_name", "seed", "seeds", "total_timesteps"}
+# What the console shows of the diagnostics, by name, and tags that not every diagnosis has
+SHOWN = {"rank": "representation/after/actor/pca_rank", "dead": "representation/after/actor/dead_units"}
+RARE = {"losses/explained_variance": "losses/explained_variance is logged only where the returns of a rollout differ"}
+for side in ("above", "below"):
+    needs = f"trust_region/ratio_{side}_* and excess_ratio need ratios {side} the clip range (a std two)"
+    RARE[f"trust_region/ratio_{side}_std"] = needs
 _defaults = {}  # of the script's flags but for those, by name; parse_args finds them
-
-
-def one_line(text):
-    """``text`` without line breaks, and without the characters with which a file could control a terminal."""
-    return "".join(filter(str.isprintable, " ".join(text.split())))
-
-
-def _print(line, file=None):
-    """Print a line to standard output or ``file``; a console that is gone, or a full disk, is nowhere to say so."""
-    try:
-        print(line, file=file, flush=True)
-    except BrokenPipeError:
-        _let_go(BrokenPipeError)
-    except OSError:  # a disk may have room again
-        pass
-
-
-def _let_go(kind=OSError):
-    """Let what can't be printed, for an error of this kind, go nowhere: a flush at exit would change the exit code."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        try:
-            stream.flush()
-        except kind:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def fail(message, code=2):
-    """Print one line and leave: exit code 2 for what the user can mend, 1 for a run that can't go on."""
-    _print(f"error: {one_line(message)}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def _show_what_the_console_can():
-    """From here on, print a character that the console lacks as its escape, \\u2013: none is worth a run."""
-    for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", "") in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
-            with contextlib.suppress(OSError):  # it is gone, or has become a pipe
-                stream.reconfigure(errors="backslashreplace")
 
 
 def parse_args(args_class):
@@ -91,9 +71,9 @@ def parse_args(args_class):
 
     With ``--resume runs/RUN``, what the command line leaves out is as it was in that run.
     """
-    _show_what_the_console_can()
-    atexit.register(_let_go)
-    args = _parse(args_class)
+    show_what_the_console_can()
+    atexit.register(let_go)
+    args = parse(args_class)
     _check_names(args)
     fields = [field for field in dataclasses.fields(args_class) if field.init and field.name not in ALWAYS]
     _defaults.clear()
@@ -109,9 +89,9 @@ def parse_args(args_class):
     kinds = {name: kind for name, kind in typing.get_type_hints(args_class).items() if hasattr(args, name)}
     for name, kind in kinds.items():
         if name not in values or not _fits(values[name], kind):
-            flag = f"--{name.replace('_', '-')}"
-            fail(f"--resume {folders[0]}: was made by {was[0]['script']} with other flags than these: {flag}"[:300])
-    return _parse(args_class, args_class(**{name: values[name] for name in kinds}))
+            others = f"{was[0]['script']} with other flags than these: {flag(name)}"
+            fail(f"--resume {folders[0]}: was made by {others}"[:300])
+    return parse(args_class, args_class(**{name: values[name] for name in kinds}))
 
 
 def _check_names(args):
@@ -122,103 +102,11 @@ def _check_names(args):
         ("wandb_entity", r"[\w.-]{1,128}", "the name of a W&B team or account"),
         ("wandb_mode", "online|offline|disabled|shared|dryrun|run", "online, offline or disabled"),
     ):
-        value, source = getattr(args, name, None), f"--{name.replace('_', '-')}"
+        value, source = getattr(args, name, None), flag(name)
         if value is None and getattr(args, "track", False):
             value, source = os.environ.get(variables[name]) or None, variables[name]
         if value is not None and not re.fullmatch(allowed, value):
             fail(f"{source} {value!r}: must be {what}")
-
-
-def _parse(args_class, default=None):
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            return tyro.cli(args_class, default=default)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-    # tyro frames its message: a title, what is wrong, and below a rule help on the flag.
-    title, *lines = (line.strip("│| ") for line in printed.getvalue().splitlines())
-    paragraphs = [
-        list(group) for worded, group in itertools.groupby(lines, lambda line: bool(re.search(r"\w", line))) if worded
-    ]
-    wrong = " ".join(paragraphs[0]) if paragraphs else title
-    flags = re.findall(r"Perhaps you meant:\s+(--[\w-]+)", " ".join(lines))
-    hint = f"; perhaps you meant {flags[0]}" if flags else ""
-    fail(f"{wrong.rstrip('.')}{hint} (--help lists every flag)")
-
-
-def check_range(args, names, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
-    """Refuse a number of ``args`` that is not finite, or outside [low, high] or (above, below).
-
-    ``names`` are the fields to check, separated by spaces.
-    """
-    bounds = (("at least", low), ("above", above), ("at most", high), ("below", below))
-    allowed = " and ".join(f"{word} {bound}" for word, bound in bounds if math.isfinite(bound))
-    for name in names.split():
-        value = getattr(args, name)
-        if not (low <= value <= high and above < value < below and abs(value) != math.inf):
-            fail(f"--{name.replace('_', '-')} {value}: must be {allowed or 'finite'}")
-
-
-def check_output(path, *endings):
-    """Refuse a file ``--output`` that can't be written, or has none of the ``endings``, if some are given."""
-    if endings and path.suffix.lower() not in endings:
-        fail(f"--output {path}: must end in {' or '.join(endings)}")
-    try:
-        if not path.parent.is_dir():
-            fail(f"--output {path}: must be in a folder that exists")
-        new = not path.exists()
-        with open(path, "ab"):  # what is there stays
-            pass
-        if new:
-            path.unlink()
-    except OSError as error:
-        fail(f"--output {path}: can't be written ({error.strerror})")
-
-
-def pick_device(name):
-    """The ``torch.device`` that ``--device`` names: ``auto`` takes CUDA, then MPS, then the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:(0|[1-9][0-9]?))?", name):
-        fail(f"--device {name}: must be auto, cpu, cuda, cuda:N or mps")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        fail(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; use auto or cpu")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        fail(f"--device {name}: PyTorch sees no MPS device here; use auto or cpu")
-    return device
-
-
-def check_precision(precision, device):
-    """Say where the device computes ``bfloat16`` without instructions for it, which is slower than ``float32``."""
-    native = {"cpu": _cpu_has_bfloat16, "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False)}
-    if precision == "bfloat16" and not native.get(device.type, lambda: True)():
-        _print("--precision bfloat16: this device has no instructions for it, and float32 would be faster")
-
-
-def _cpu_has_bfloat16():
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def usable_cores():
-    """Number of processor cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def keep_freed_memory():
-    """Have the process keep the memory that it frees, for its next tensors.
-
-    glibc hands blocks over 32 MB back to the kernel and gets them anew, page by page, which on a CPU costs more than
-    some of the arithmetic done in them. Other C libraries are left as they are.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        if mallopt(-3, 2**30):  # M_MMAP_THRESHOLD; an old glibc refuses so much
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def milestones(num_iterations, share):
@@ -333,7 +221,7 @@ def _whole(path, step):
 
 @functools.cache
 def _say_once(line):
-    _print(one_line(line), file=sys.stderr)
+    say(one_line(line), file=sys.stderr)
 
 
 def _newest_checkpoint(folder):
@@ -388,6 +276,7 @@ def find_checkpoints(runs, script, **types):
     runs: the arguments of each. Runs that a kill, or a disk that was full for some of them, left at different
     iterations go back to the newest that all of them have.
     """
+    types = {"episodes": int, "recent_returns": list, **types}
     named = [args.resume if isinstance(args.resume, str) else "".join(args.resume) for args in runs]
     if not all(named):
         return [None] * len(runs)
@@ -395,7 +284,7 @@ def find_checkpoints(runs, script, **types):
     folders = [_newest_run(args, script, types, len(runs) == 1) for args in runs] if auto else [*map(Path, named)]
     nothing = "--resume auto: runs/ has no unfinished run of these arguments; a new one starts"
     if None in folders:
-        _print(nothing)
+        say(nothing)
         return [None] * len(runs)
     candidates, checkpoints = [_checkpoints(folder, types) for folder in folders], []
     for args, folder, older in zip(runs, folders, candidates, strict=True):
@@ -408,10 +297,10 @@ def find_checkpoints(runs, script, **types):
         if checkpoints[-1]["script"] != script:
             fail(f"--resume {folder}: was made by {checkpoints[-1]['script']}, not by {script}"[:300])
         if name := _contradiction(args, checkpoints[-1]):
-            flag, now = f"--{name.replace('_', '-')}", getattr(args, name)
+            now = getattr(args, name)
             was = {**_defaults, **checkpoints[-1]["args"]}.get(name)
             why = "may grow, not shrink; " if name == "total_timesteps" else "contradicts the run that is resumed: "
-            fail(f"{flag} {now}: {why}{folder} was started with {was}"[:300])
+            fail(f"{flag(name)} {now}: {why}{folder} was started with {was}"[:300])
     newest = [checkpoint["iteration"] for checkpoint in checkpoints]
     while len({checkpoint["iteration"] for checkpoint in checkpoints}) > 1:
         i = max(range(len(runs)), key=lambda i: checkpoints[i]["iteration"])
@@ -428,20 +317,20 @@ def find_checkpoints(runs, script, **types):
         )
     for folder, iteration in zip(folders, newest, strict=True):
         if iteration > least:
-            _print(f"{folder}: goes back from iteration {iteration} to {least}, the last of all seeds")
+            say(f"{folder}: goes back from iteration {iteration} to {least}, the last of all seeds")
     for args, checkpoint in zip(runs, checkpoints, strict=True):
         step, iteration = checkpoint["global_step"], checkpoint["iteration"]
         if step != iteration * args.batch_size * getattr(args, "frame_skip", 1):
             fail(f"{checkpoint['path']}: can't be resumed, step {step} is not the end of iteration {iteration}")
     if least >= runs[0].num_iterations:
         if auto:
-            _print(nothing)
+            say(nothing)
             return [None] * len(runs)
         names = " ".join(map(str, folders))
-        _print(f"{names}: finished, nothing is left to do (a larger --total-timesteps goes on)")
+        say(f"{names}: finished, nothing is left to do (a larger --total-timesteps goes on)")
         raise SystemExit(0)
     if auto:
-        _print(f"--resume auto: goes on with {' '.join(map(str, folders))}")
+        say(f"--resume auto: goes on with {' '.join(map(str, folders))}")
     return checkpoints
 
 
@@ -530,6 +419,19 @@ def _may_be_written(folder):
     return os.access(folder, os.W_OK | os.X_OK)
 
 
+def prepare(args):
+    """The device that ``args`` names, and this process made ready for it, until training begins ended by one Ctrl-C."""
+    quit_on_interrupt()
+    device = pick_device(args.device)
+    check_precision(getattr(args, "precision", "float32"), device)
+    keep_freed_memory()
+    if args.torch_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not args.torch_deterministic
+    return device
+
+
 def quit_on_interrupt():
     """Let Ctrl-C end the process in one line, until ``StopRequest`` takes over: there is nothing to save yet."""
     signal.signal(signal.SIGINT, lambda *_: fail("interrupted before training began", code=130))
@@ -564,23 +466,39 @@ class StopRequest:
 class Run:
     """The folder ``runs/{env_id}__{exp_name}__{seed}__{time}`` and everything that is written to it.
 
-    ``args`` is the script's dataclass. Its fields env_id, exp_name, seed, track, wandb_project_name, wandb_entity and
-    wandb_mode are read here, and where one of the last three is None, W&B's own variable; all of them go into the
-    hyperparameter table, W&B's config and every checkpoint.
-    ``total_steps`` is the run's length in environment steps, for the progress bar, which calls one a ``unit``;
-    ``console`` is whether this run shows it, which of several runs in one process one does.
-    With a ``checkpoint`` (of ``find_checkpoint``) its folder and W&B run go on, and what they have of later steps goes.
+    Iterated over, it gives the iterations of its training (``Runs`` those of several runs), and at the end of each does
+    what is due: it logs ``scalars``, shows progress, saves checkpoints, evaluates, and ends where a signal asks for it.
+
+    args: the script's, checked. Its fields env_id, exp_name, seed and those of ``RunArgs`` are read here, and where one
+    of W&B's is None, W&B's own variable; all of them go into the hyperparameter table, W&B's config and every
+    checkpoint. Environment steps, by which everything is logged, are frames where args has a ``frame_skip``.
+    state: returns what a checkpoint holds of the script's own, with its name under ``script``.
+    checkpoint: of ``find_checkpoint``, whose folder and W&B run go on; what they have of later steps goes.
+    play: ``play(seeds, greedy, video)``, as ``common.evaluation.play`` with its other arguments given; film: whether
+    it can make videos.
+    console: whether this run shows the progress bar, which of several runs in one process one does.
     """
 
-    def __init__(self, args, total_steps, checkpoint=None, unit="frame", console=True):
+    def __init__(self, args, state=None, checkpoint=None, play=None, film=True, console=True):
         _check_names(args)
         self.args = dataclasses.asdict(args)
+        self.state, self.play, self.film = state, play, film and getattr(args, "capture_video", False)
+        self.frame_skip = getattr(args, "frame_skip", 1)
+        self.steps = args.batch_size * self.frame_skip  # of an iteration
+        self.total_steps, self.unit = (
+            args.num_iterations * self.steps,
+            "frame" if hasattr(args, "frame_skip") else "step",
+        )
+        self.group, self.ended, self.exit_code = [self], False, 0  # the runs that are trained together
+        self.done = checkpoint["iteration"] if checkpoint else 0  # iterations before this process
+        self.episodes = checkpoint["episodes"] if checkpoint else 0
+        self.recent_returns = deque(checkpoint["recent_returns"] if checkpoint else (), maxlen=100)
+        self.scalars, self.shown = {}, {}
         # Read now: whoever edits the code while this runs doesn't change what was run.
         self.origin = {"args": self.args, "versions": library_versions(), "git_revision": git_revision()}
         self.said = set()
         self.bar = self.wandb = None
         self.saved = True  # whether the last checkpoint could be written
-        self.total_steps, self.unit = total_steps, unit
         start = checkpoint["global_step"] if checkpoint else 0
         if checkpoint:
             self._go_on(checkpoint)
@@ -602,8 +520,8 @@ class Run:
             self._start_wandb(args)
         # A bar redraws its line, which makes a mess of a log file.
         if console and sys.stderr.isatty():
-            options = {"unit": unit, "unit_scale": True, "dynamic_ncols": True, "smoothing": 0.05}
-            self.bar = tqdm(total=total_steps, initial=start, **options)
+            options = {"unit": self.unit, "unit_scale": True, "dynamic_ncols": True, "smoothing": 0.05}
+            self.bar = tqdm(total=self.total_steps, initial=start, **options)
         self.say(f"{self.folder}")
         if checkpoint:
             self.say(f"resumed from {checkpoint['path'].name} at {start:,} steps; the environments begin new episodes")
@@ -612,8 +530,9 @@ class Run:
                 (checkpoint["args"], self.args, "the checkpoint has flags unknown here, and the run goes on without"),
             ):
                 others = {name: x for name, x in given.items() if name not in lacking and x != ()}
-                if flags := [f"--{name.replace('_', '-')} {x}" for name, x in others.items()]:
-                    self.say(one_line(f"{words} {', '.join(flags)}"[:1000]))
+                if others:
+                    flags = ", ".join(f"{flag(name)} {x}" for name, x in others.items())
+                    self.say(one_line(f"{words} {flags}"[:1000]))
             was, now = checkpoint["args"].get("total_timesteps"), self.args.get("total_timesteps")
             if was != now:
                 self.say(f"--total-timesteps grew from {was:,} to {now:,}: from here on, schedules and grids follow it")
@@ -744,18 +663,78 @@ class Run:
             with self._tracking():
                 self.wandb.log({tag: wandb.Video(str(path), format="mp4"), "global_step": step})
 
-    def evaluate(self, evaluate, step, film, say=None):
-        """Log what ``evaluate(greedy, video)`` gives, the returns and lengths of episodes, sampled and greedy.
+    def begin(self, iteration, diagnosed):
+        """Begin an iteration: its steps are known, nothing is logged yet, and the state is one to come back to."""
+        self.iteration, self.diagnosed, self.scalars, self.times = iteration, diagnosed, {}, {}
+        self.previous_step, self.global_step = (iteration - 1) * self.steps, iteration * self.steps
+        self.good = self._whole_state(iteration - 1)
+        self.last_lap = time.time()
 
-        ``film`` is whether to record a video each, to a path in the run's folder. Whatever fails costs a line and what
-        it was to show, not the run. ``say`` prints a line, by default this run's.
+    def _whole_state(self, iteration):
+        counters = {"iteration": iteration, "global_step": iteration * self.steps, "episodes": self.episodes}
+        returns = {"recent_returns": list(map(float, self.recent_returns))}
+        # Cloned: training goes on in the tensors, and one may be a part of a larger one, which would be saved whole.
+        return tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, {**self.state(), **counters, **returns})
+
+    def lap(self, name):
+        """Log the time since the last lap as ``time/{name}``, in seconds, where the iteration is diagnosed."""
+        now = time.time()
+        self.times[f"time/{name}"], self.last_lap = now - self.last_lap, now
+
+    def log_episodes(self, episodes):
+        """Log the episodes that ended in a rollout: tuples of agent steps into it, return, length in agent steps."""
+        for steps, episode_return, length in episodes:
+            scalars = {"charts/episodic_return": episode_return, "charts/episodic_length": length}
+            self.log(scalars, self.previous_step + steps * self.frame_skip)
+            self.recent_returns.append(episode_return)
+        if episodes:
+            self.episodes += len(episodes)
+            self.scalars["charts/rollout_return"] = np.mean([episode[1] for episode in episodes])
+            self.scalars["charts/rollout_length"] = np.mean([episode[2] for episode in episodes])
+
+    def require_finite(self, numbers):
+        """End the run where one of ``numbers``, lists by name, is not finite."""
+        for name, x in numbers.items():
+            if not all(map(math.isfinite, x)):
+                self.log(self.scalars, self.global_step)
+                return self.stop(f"the {name} is not finite")
+
+    def stop(self, why):
+        """End the run with exit code 1, after a checkpoint of the last good state; the process too, if none is left."""
+        holds = "holds" if self.save_checkpoint(self.previous_step, self.good) else "lacks"
+        self.ended = True
+        others = [run for run in self.group if not run.ended]
+        self.close(exit_code=1, keep_bar=bool(others))
+        line = one_line(f"{why} in iteration {self.iteration}; {self.folder} {holds} the state before it")
+        self.group[0].say(f"error: {line}", file=sys.stderr)
+        if not others:
+            raise SystemExit(1)
+
+    def log_iteration(self, agent_steps_per_second):
+        """Log ``scalars``, and keep of them what the console shows."""
+        speed = {"charts/SPS": agent_steps_per_second, "charts/FPS": agent_steps_per_second * self.frame_skip}
+        self.log({**self.scalars, **(self.times if self.diagnosed else {}), **speed}, self.global_step)
+        for name, tag in SHOWN.items():
+            if tag in self.scalars:
+                self.shown[name] = self.scalars[tag]
+        if self.recent_returns:
+            self.shown["return"] = np.mean(self.recent_returns)
+        for tag, when in RARE.items():
+            if self.diagnosed and tag not in self.scalars:
+                self.group[0].say_once(when)
+
+    def evaluate(self):
+        """Log the returns and lengths of ``--eval-episodes`` episodes, sampled and greedy, with a video of each kind.
+
+        Whatever fails costs a line and what it was to show, not the run.
         """
-        say = say or self.say
+        step, say = self.global_step, self.group[0].say
+        seeds = np.random.SeedSequence([self.args["seed"], step]).generate_state(self.args["eval_episodes"]) // 2
         for kind in ("sampled", "greedy"):
             path = self.folder / "videos" / f"{step}-{kind}.mp4"
-            for video in (path, None) if film else (None,):
+            for video in (path, None) if self.film else (None,):
                 try:
-                    returns, lengths = evaluate(kind == "greedy", video)
+                    returns, lengths = self.play(seeds.tolist(), kind == "greedy", video)
                 except Exception as error:  # of encoders, drivers and simulators, which raise what they like
                     what = f"{video}: can't be written" if video else f"evaluation, {kind}: failed"
                     reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".rstrip(": ")
@@ -769,13 +748,16 @@ class Run:
                     self.log_video(f"eval/{kind}/video", video, step)
                 break
 
+    def __iter__(self):
+        return iter(Runs([self]))
+
     def say(self, message, file=None):
         """Print a line without breaking the progress bar; ``file`` is standard output where there is none."""
         if self.bar is not None:
             with contextlib.suppress(OSError):  # the terminal is gone
                 self.bar.write(message, file=sys.stderr)
         else:
-            _print(message, file)
+            say(message, file)
 
     def say_once(self, message):
         """Print a line the first time it comes."""
@@ -822,12 +804,14 @@ class Run:
                 self.say(f"{folder}: can't be written to ({error.strerror}), so there is no checkpoint of step {step}")
         return self.saved
 
-    def close(self, exit_code=0, keep_bar=False):
+    def close(self, exit_code=None, keep_bar=False):
         """Finish the event file, the bar and the W&B run, which shows the exit code.
 
-        Returns the exit code: ``exit_code``, or 1 if the last checkpoint or the last logs could not be written.
-        ``keep_bar`` is for a run that ends before others of its process, whose bar it has.
+        Returns the exit code: ``exit_code``, by default that of the signal that ended the training, or 0; and 1 if the
+        last checkpoint or the last logs could not be written. ``keep_bar`` is for a run that ends before others of its
+        process, whose bar it has.
         """
+        exit_code = self.exit_code if exit_code is None else exit_code
         if not self.saved:
             self.say(f"{self.folder}: the last checkpoint could not be written; the one before it is the newest")
             exit_code = 1
@@ -842,3 +826,79 @@ class Run:
             with self._tracking():
                 self.wandb.finish(exit_code=exit_code)
         return exit_code
+
+
+class Runs:
+    """Runs that are trained together, one step of training for all of them; iterated over as a ``Run`` is."""
+
+    def __init__(self, runs):
+        self.runs = []
+        for run in runs:
+            self.add(run)
+
+    def add(self, run):
+        self.runs.append(run)
+        run.group = self.runs
+
+    def __getitem__(self, s):
+        return self.runs[s]
+
+    @property
+    def training(self):
+        """The indices of those that have not ended on a fault of their own."""
+        return [s for s, run in enumerate(self.runs) if not run.ended]
+
+    @property
+    def first(self):
+        """The first iteration of this process."""
+        return self.runs[0].done + 1
+
+    def lap(self, name):
+        for run in self.runs:
+            run.lap(name)
+
+    def __iter__(self):
+        first, args = self.runs[0], self.runs[0].args
+        last = args["num_iterations"]
+        interval = args["diagnostics_interval"] or math.ceil(last / 1000)
+        snapshots = milestones(last, 0.025) | {0}
+        checkpoints = milestones(last, args["checkpoint_interval"]) | snapshots
+        evaluations = milestones(last, args["eval_interval"] or 1) if args["eval_episodes"] else set()
+        for run in self.runs:
+            if not run.done:
+                run.save_checkpoint(0, run._whole_state(0))
+        interrupted = StopRequest()
+        start_time = time.time()
+        for iteration in range(self.first, last + 1):
+            self.diagnosed = diagnosed = (iteration - 1) % interval == 0 or iteration == last
+            for s in self.training:
+                self.runs[s].begin(iteration, diagnosed)
+            yield iteration
+
+            # Agent steps a second of each run; together they make as many times that
+            speed = (iteration - first.done) * args["batch_size"] / (time.time() - start_time)
+            training = [self.runs[s] for s in self.training]
+            for run in training:
+                run.log_iteration(speed)
+            names = training[0].shown
+            shown = {name: np.mean([run.shown[name] for run in training if name in run.shown]) for name in names}
+            first.progress(training[0].global_step, **shown)
+            if diagnosed:
+                first.report(training[0].global_step, speed * first.frame_skip, **shown)
+            # After logging, since what was logged up to a checkpoint is what a resumed run keeps
+            if iteration in checkpoints or interrupted:
+                for run in training:
+                    run.save_checkpoint(run.global_step, run._whole_state(iteration), iteration in snapshots)
+            if iteration in evaluations:  # with the checkpoints saved: what only looks at an agent can't cost them
+                for run in training:
+                    run.evaluate()
+            if interrupted:
+                for run in training:
+                    run.exit_code = interrupted.exit_code
+                return
+
+    def close(self):
+        """Close those that are training; returns the exit code of the process."""
+        training = [self.runs[s] for s in self.training]
+        exit_codes = {run.close() for run in training}
+        return min(exit_codes - {0}, default=int(len(training) < len(self.runs)))

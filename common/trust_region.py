@@ -82,6 +82,17 @@ def feature_drift(before, after):
     return {"l2": l2, "cosine": cosine.mean(dtype=torch.float64)}
 
 
+def feature_drifts(before, after):
+    """``feature_drift`` of a network's `features`, `preactivations` and `all_preactivations`, (N, D) each.
+
+    before, after: what the network gave for the same samples at the two ends of an update phase. Returns a dict of
+    0-dim float64 tensors by `{feature,preactivation,all_preactivation}_{measure}`.
+    """
+    layers = ("features", "preactivations", "all_preactivations")
+    drifts = {layer[:-1]: feature_drift(getattr(before, layer), getattr(after, layer)) for layer in layers}
+    return {f"{layer}_{name}": x for layer, drift in drifts.items() for name, x in drift.items()}
+
+
 def categorical_kl(logits_p, logits_q):
     """KL(p ‖ q) of two categorical distributions per sample, in nats.
 

@@ -9,6 +9,8 @@ import sys
 import pytest
 from forked import ROOT, SCRIPTS
 
+from common.arguments import pick_device
+
 COUNT = ["0", "-1", "1.5", "x", "1" + "0" * 400]
 SIZE = ["-1", "1.5", "x", "1" + "0" * 400]
 POSITIVE = ["0", "-1", "nan", "inf", "x"]
@@ -62,11 +64,11 @@ WRONG = {
     "activation": ["", "relu", "Swish"],
     "layer_init": ["", "zeros", "Orthogonal"],
     **dict.fromkeys(("pfo_coef", "critic_pfo_coef"), COEFFICIENT),
-    **dict.fromkeys(("pfo_layers", "critic_pfo_layers"), LAYERS),
-    **{flag: ["", "activations", "all"] for flag in ("pfo_on", "critic_pfo_on")},
-    **{flag: ["", "l1", "L2"] for flag in ("pfo_distance", "critic_pfo_distance")},
-    **{flag: ["", "regularise", "off"] for flag in ("pfo_mode", "critic_pfo_mode")},
-    **dict.fromkeys(("pfo_limit", "critic_pfo_limit"), POSITIVE),
+    "pfo_layers": LAYERS,
+    "pfo_on": ["", "activations", "all"],
+    "pfo_distance": ["", "l1", "L2"],
+    "pfo_mode": ["", "regularise", "off"],
+    "pfo_limit": POSITIVE,
     "reset_optimizer": SWITCH,
     "adam_beta1": ["-0.1", "1", "nan", "x"],
     "adam_beta2": ["-0.1", "1", "nan", "x"],
@@ -136,9 +138,9 @@ def test_every_flag_refuses_what_it_must(name, folder, monkeypatch, capsys):
                 args = script.parse_args(script.Args)
                 script.check_args(args)
                 if hasattr(args, "device"):
-                    script.pick_device(args.device)
+                    pick_device(args.device)
                 if flag == "runs":
-                    raise SystemExit(script.probe_runs(args, script.pick_device("cpu")))
+                    raise SystemExit(script.probe_runs(args, pick_device("cpu")))
                 pytest.fail(f"{name}.py {option} {value!r} was taken")
             printed = capsys.readouterr()
             assert stop.value.code == 2, (option, value, printed)
@@ -161,7 +163,7 @@ def test_the_table_has_no_flag_that_is_gone():
 def test_every_flag_takes_its_default(name, monkeypatch):
     """The table is not refused for another reason: a flag with its default value passes."""
     script = importlib.import_module(name)
-    defaults = script.parse_args.__globals__["tyro"].cli(script.Args, args=[])
+    defaults = script.Args()
     for flag in flags(name):
         value, option = getattr(defaults, flag), f"--{flag.replace('_', '-')}"
         if isinstance(value, bool):

@@ -12,7 +12,7 @@ import torch
 from test_figures import DIAGNOSED, RETURN, write_run
 
 from benchmark.throughput import PRODUCT
-from common.run import _cpu_has_bfloat16
+from common.arguments import _cpu_has_bfloat16
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--num-envs", "2", "--num-steps", "16", "--minibatch-size", "16"]

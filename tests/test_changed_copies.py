@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # Four iterations of 12 minibatches
 FLAGS = ["--num-steps", "128", "--update-epochs", "3", "--obs-norm-steps", "20", "--total-timesteps", "1024"]
-LOOP = "    for iteration in range(done + 1, args.num_iterations + 1):\n"
+LOOP = "    for iteration in runs:\n"
 LEFT = "1 - (iteration - 1) / args.num_iterations"
 HIDDEN = "        self.activation = getattr(nn, args.activation)()\n"
 LAYER, FEATURES = "preactivations.append(layer(x))", "x = self.activation(preactivations[-1])"

@@ -1,12 +1,15 @@
 """MuJoCo: every stored transition is one that a simulation made, and simulations are Gymnasium's."""
 
 import importlib
+from functools import partial
 
 import envpool
 import gymnasium
 import numpy as np
 import pytest
 import torch
+
+from common.evaluation import play as play_episodes
 
 script = importlib.import_module("ppo_mujoco")
 
@@ -187,7 +190,8 @@ def test_evaluation_returns_an_episodes_own_return(greedy):
     agent = script.Agent(11, -np.ones(3), np.ones(3), args)
     normalizer = script.random_statistics(script.Args(obs_norm_steps=50), [1], np.random.default_rng(0))
     before = torch.get_rng_state()
-    returns, lengths = script.evaluate(agent, normalizer, args, torch.device("cpu"), [77], greedy)
+    actor = partial(script.choose, agent, normalizer, (-np.ones(3), np.ones(3)))
+    returns, lengths = play_episodes(partial(script.make_envs, args), actor, torch.device("cpu"), 50, [77], greedy)
     assert torch.equal(torch.get_rng_state(), before)
     env = envpool.make("Hopper-v4", env_type="gymnasium", num_envs=1, seed=[77])
     generator = torch.Generator().manual_seed(77)
@@ -208,7 +212,11 @@ def test_evaluated_episodes_are_independent():
     torch.manual_seed(4)
     agent = script.Agent(11, -np.ones(3), np.ones(3), args)
     normalizer = script.random_statistics(script.Args(obs_norm_steps=50), [1], np.random.default_rng(0))
-    evaluate = lambda *seeds: script.evaluate(agent, normalizer, args, torch.device("cpu"), seeds, True)  # noqa: E731
+    actor, make_envs = (
+        partial(script.choose, agent, normalizer, (-np.ones(3), np.ones(3))),
+        partial(script.make_envs, args),
+    )
+    evaluate = lambda *seeds: play_episodes(make_envs, actor, torch.device("cpu"), 50, list(seeds), True)  # noqa: E731
     returns, lengths = evaluate(5, 6, 7, 8)
     assert len({*lengths.tolist()}) > 1
     for seed, ret, length in zip((5, 6, 7, 8), returns, lengths, strict=True):

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from test_scripts import (
 )
 
 from common.batch import Batch, Optimizers
+from common.evaluation import play
 from common.replay import Replay
 
 script = importlib.import_module("ppo_mujoco")
@@ -84,7 +86,8 @@ def test_checkpoints_hold_what_acting_needs(finished):
         normalizer = state["normalizer"]
         normalizer = script.Normalizer(normalizer["mean"].numpy(), normalizer["std"].numpy(), normalizer["time_limit"])
         assert normalizer.mean.shape == (11,) and (normalizer.std > 0).all() and normalizer.time_limit == 1000
-    returns, _ = script.evaluate(agent, normalizer, args, torch.device("cpu"), [1, 2], greedy=True)
+    actor = partial(script.choose, agent, normalizer, (state["action_low"].numpy(), state["action_high"].numpy()))
+    returns, _ = play(partial(script.make_envs, args), actor, torch.device("cpu"), 50, [1, 2], greedy=True)
     assert np.isfinite(returns).all()
     assert sum(len(o["state"]) for o in state["optimizers"]) == len(list(agent.parameters()))
 
@@ -170,7 +173,7 @@ def test_recorded_gradients_and_actions_are_the_eager_ones(variant, everything, 
     torch.manual_seed(0)
     agent = script.Agent(11, -np.ones(3), np.ones(3), args)
     other = copy.deepcopy(agent)
-    layers = "all" in (args.pfo_layers, args.critic_pfo_layers)
+    layers = args.pfo_layers == "all"
 
     def minibatch():
         obs = torch.randn(args.minibatch_size, 12)
@@ -181,7 +184,7 @@ def test_recorded_gradients_and_actions_are_the_eager_ones(variant, everything, 
         mb = {"obs": obs, "z": z, "loc": loc, "scale": scale, "logprobs": script.normal_log_prob(z, loc, scale)}
         mb |= {name: torch.randn(len(obs)) for name in ("values", "advantages", "returns")}
         mb["actor_held"] = script.pfo_input(actor, args.pfo_layers, args.pfo_on) + 0.1
-        mb["critic_held"] = script.pfo_input(critic, args.critic_pfo_layers, args.critic_pfo_on) - 0.1
+        mb["critic_held"] = script.pfo_input(critic, args.pfo_layers, args.pfo_on) - 0.1
         return mb | {"noise": torch.randn_like(z)}
 
     def learner(agent):

@@ -10,7 +10,7 @@ import torch
 from forked import run
 from test_scripts import TINY, load, run_script, same, scalars_of
 
-from common.run import check_precision
+from common.arguments import check_precision
 
 SCRIPTS = ["ppo_atari", "ppo_atari_2models", "ppo_pfo_atari"]
 CPU = torch.device("cpu")

@@ -1,6 +1,7 @@
 """Every transition that a rollout stores is one that an environment made, across every kind of episode end."""
 
 import importlib
+from functools import partial
 
 import ale_py
 import envpool
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from ale_py.roms import get_rom_path
+
+from common.evaluation import play as play_episodes
 
 script = importlib.import_module("ppo_pfo_atari")
 FRAME_SKIP = 3
@@ -244,7 +247,8 @@ def test_evaluation_returns_the_games_own_score(greedy):
         for p in agent.actor.parameters():
             p.mul_(3)  # actions that depend on what is seen
     before = torch.get_rng_state()
-    returns, lengths = script.evaluate(agent, args, torch.device("cpu"), [77], greedy)
+    actor, make_envs = partial(script.choose, agent), partial(script.make_envs, args)
+    returns, lengths = play_episodes(make_envs, actor, torch.device("cpu"), 60, [77], greedy)
     assert torch.equal(torch.get_rng_state(), before)
     settings = dict(frame_skip=40, repeat_action_probability=0.25, noop_max=1, use_fire_reset=False)
     env = envpool.make("Breakout-v5", env_type="gymnasium", num_envs=1, seed=[77], max_episode_steps=2700, **settings)

@@ -30,12 +30,15 @@ class Args:
     track: bool = False
     rate: float = 0.5
     """a number"""
+    frame_skip: int = 1
+    batch_size: int = 1
+    num_iterations: int = 100
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = Run(Args(), total_steps=100)
+    run = Run(Args())
     yield run
     run.close()
 
@@ -85,7 +88,7 @@ def test_the_rolling_checkpoint_keeps_the_one_before_it(run):
 
 def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    runs = [Run(Args(), total_steps=1) for _ in range(2)]
+    runs = [Run(Args()) for _ in range(2)]
     assert runs[0].folder != runs[1].folder and len(list(Path("runs").iterdir())) == 2
     for run in runs:
         run.close()
@@ -104,7 +107,7 @@ class LongArgs(Args):
 def state(iteration):
     """The least that a checkpoint needs."""
     states = {**random_states(torch.device("cpu")), "numpy": np.random.default_rng(1).bit_generator.state}
-    counters = {"iteration": iteration, "global_step": 8 * iteration}
+    counters = {"iteration": iteration, "global_step": 8 * iteration, "episodes": 0, "recent_returns": []}
     return {"script": "x.py", "agent": {}, "optimizers": [], "random_states": states, **counters}
 
 
@@ -116,7 +119,7 @@ def made(tmp_path, monkeypatch):
     monkeypatch.setattr(housekeeping, "_locks", {})
 
     def make(iterations, seed=3):
-        run = Run(LongArgs(seed=seed), total_steps=80)
+        run = Run(LongArgs(seed=seed))
         for i in range(1, iterations + 1):
             run.log({"x": i}, 8 * i)
             assert run.save_checkpoint(8 * i, state(i))
@@ -131,7 +134,7 @@ def resumed(folder):
     """The iteration that the run in ``folder`` goes on from, and what then is in its folder of checkpoints."""
     args = LongArgs(resume=str(folder))
     checkpoint = find_checkpoint(args, "x.py")
-    Run(args, 80, checkpoint).close()
+    Run(args, checkpoint=checkpoint).close()
     return checkpoint["iteration"], sorted(path.name for path in folder.glob("checkpoints/*"))
 
 
@@ -150,7 +153,7 @@ def test_a_snapshot_without_its_latest_is_not_lost(made, monkeypatch):
     """Whatever comes between the two writes of a checkpoint: a kill, or a disk that is full."""
     folder = made(4)
     args = LongArgs(resume=str(folder))
-    run = Run(args, 80, find_checkpoint(args, "x.py"))
+    run = Run(args, checkpoint=find_checkpoint(args, "x.py"))
     write, calls = housekeeping.write_file, []
 
     def once(*args, **kwargs):
@@ -193,7 +196,7 @@ def test_seeds_go_back_to_the_last_iteration_that_all_have(made, capsys):
     assert [checkpoint["iteration"] for checkpoint in checkpoints] == [3, 3]
     assert f"{folders[0]}: goes back from iteration 5 to 3" in capsys.readouterr().out
     for args, checkpoint in zip(runs, checkpoints, strict=True):
-        Run(args, 80, checkpoint).close()
+        Run(args, checkpoint=checkpoint).close()
     names = ["16.pt", "24.pt", "8.pt"]
     assert sorted(path.name for path in folders[0].glob("checkpoints/*")) == names
     assert sorted(path.name for path in folders[1].glob("checkpoints/*")) == [*names, "latest.pt", "previous.pt"]
@@ -231,7 +234,7 @@ def test_other_code_and_libraries_are_named(made, monkeypatch, capsys):
 
 def test_a_checkpoint_that_fails_says_so_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run = Run(Args(), total_steps=100)
+    run = Run(Args())
     run.save_checkpoint(1, {"x": 1})
     checkpoints = run.folder / "checkpoints"
     shutil.rmtree(checkpoints)
@@ -245,7 +248,7 @@ def test_a_checkpoint_that_fails_says_so_once(tmp_path, monkeypatch, capsys):
 
 def test_a_last_checkpoint_that_fails_is_a_failure(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run = Run(Args(), total_steps=100)
+    run = Run(Args())
     shutil.rmtree(run.folder / "checkpoints")
     (run.folder / "checkpoints").write_text("in the way")
     run.save_checkpoint(2, {"x": 2})
@@ -315,7 +318,7 @@ def test_event_files_are_in_order_though_the_clock_was_set_back(tmp_path, monkey
 def test_names_that_are_no_folder_are_refused(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        Run(Args(exp_name=name), total_steps=1)
+        Run(Args(exp_name=name))
     assert stop.value.code == 2 and "--exp-name" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -338,7 +341,7 @@ def test_a_bar_in_a_terminal(tmp_path, monkeypatch):
     with os.fdopen(terminal, "w") as stderr:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "stderr", stderr)
-        run = Run(Args(), total_steps=100)
+        run = Run(Args())
         run.progress(50, rank=12, dead=3)
         run.bar.refresh()
         run.close()

@@ -362,8 +362,8 @@ sys.path.insert(0, {str(ROOT)!r})
 from common.run import Run
 if os.geteuid() == 0:
     os.setuid(65534)  # root writes where it may not
-Args = dataclasses.make_dataclass("Args", ["env_id", "exp_name", "seed", "track"])
-Run(Args("E-v5", "x", 1, False), total_steps=1)
+Args = dataclasses.make_dataclass("Args", ["env_id", "exp_name", "seed", "track", "batch_size", "num_iterations"])
+Run(Args("E-v5", "x", 1, False, 1, 1))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: runs/E-v5__x__1__"), done.stderr

@@ -19,14 +19,14 @@ DIFFERENT = {
 }
 DIFFERENT[frozenset({"ppo_atari", "ppo_pfo_atari"})] = set.union(*DIFFERENT.values())
 # What the two domains have in common to the letter, beside their flags.
-EVERYWHERE = {"init_layer", "gae", "pfo_input", "compiled", "learning_rate", "adapted_kl_coef", "flat_weights"}
+EVERYWHERE = {"init_layer", "gae", "pfo_input", "learning_rate", "adapted_kl_coef"}
 # Flags whose text or default differs between the domains, and those that one of them alone has.
 OF_A_DOMAIN = {
-    *("diagnostics_interval", "env_id", "total_timesteps", "learning_rate", "num_envs", "num_steps", "minibatch_size"),
-    *("update_epochs", "clip_coef", "ent_coef", "max_grad_norm", "activation", "pfo_coef", "capture_video", "resume"),
+    *("env_id", "total_timesteps", "learning_rate", "num_envs", "num_steps", "minibatch_size"),
+    *("update_epochs", "clip_coef", "ent_coef", "max_grad_norm", "activation", "pfo_coef"),
 }
 OF_ATARI = {"precision", "frame_skip", "repeat_action_probability", "noop_max", "fire_reset", "episodic_life"}
-OF_MUJOCO = {"seeds", "record", "torch_threads", "obs_norm_steps", "hidden_sizes", "share_features"}
+OF_MUJOCO = {"seeds", "record", "torch_threads", "resume", "obs_norm_steps", "hidden_sizes", "share_features"}
 # Every line in which two scripts differ names one of these.
 WORDS = {
     frozenset({"ppo_atari_2models", "ppo_pfo_atari"}): ("pfo", "held", "all_layers", "diagnosed"),
@@ -78,7 +78,7 @@ PAIRS = list(itertools.combinations(ATARI, 2))
 @pytest.mark.parametrize("one, other", PAIRS)
 def test_shared_blocks_are_the_same_to_the_letter(one, other):
     mine, theirs = blocks(one), blocks(other)
-    assert {"Args", "rollout", "gae", "diagnose", "evaluate", "main"} <= mine.keys() & theirs.keys()
+    assert {"Args", "rollout", "gae", "diagnose", "choose", "main"} <= mine.keys() & theirs.keys()
     different = {title for title in mine.keys() & theirs.keys() if mine[title] != theirs[title]}
     assert different <= DIFFERENT[frozenset({one, other})]
 

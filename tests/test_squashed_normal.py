@@ -112,17 +112,17 @@ class Mlp(torch.nn.Module):
         return script.NetworkOutput(output, x, preactivations[-1], torch.cat(preactivations, dim=1))
 
 
-def pfo_flags(variant, prefix):
+def pfo_flags(variant):
     """The flags of the reference's variant names, as feat-l2-regularize-preall."""
     if not variant.startswith("feat-"):
-        return {f"{prefix}_coef": 0.0}
+        return {"pfo_coef": 0.0}
     _, distance, mode, where = variant.split("-")
     return {
-        f"{prefix}_coef": 1.0,
-        f"{prefix}_distance": distance,
-        f"{prefix}_mode": mode,
-        f"{prefix}_layers": "all" if where == "preall" else "last",
-        f"{prefix}_on": "features" if where == "post" else "preactivations",
+        "pfo_coef": 1.0,
+        "pfo_distance": distance,
+        "pfo_mode": mode,
+        "pfo_layers": "all" if where == "preall" else "last",
+        "pfo_on": "features" if where == "post" else "preactivations",
     }
 
 
@@ -156,7 +156,7 @@ def recorded(before):
 
 @pytest.mark.parametrize("variant", ACTOR_VARIANTS)
 def test_actor_loss_and_gradient(variant):
-    flags = {"ent_coef": 0.0, "clip_coef": 0.2, "pfo_limit": 0.1, **pfo_flags(variant, "pfo")}
+    flags = {"ent_coef": 0.0, "clip_coef": 0.2, "pfo_limit": 0.1, **pfo_flags(variant)}
     changes = {"noclip": {"clip_objective": False}, "nonorm": {"norm_adv": False}, "kl": {"kl_coef": 1.0}}
     args = default_args(**flags, **changes.get(variant, {}))
     before, now, new = before_and_now("policy")
@@ -194,14 +194,15 @@ def test_actor_loss_and_gradient(variant):
 
 @pytest.mark.parametrize("variant", ["base"] + [v for v in ACTOR_VARIANTS if v.startswith("feat-")])
 def test_critic_loss_and_gradient(variant):
-    args = default_args(critic_pfo_limit=0.1, **pfo_flags(variant, "critic_pfo"))
+    flags = pfo_flags(variant)
+    args = default_args(pfo_limit=0.1, critic_pfo_coef=flags.pop("pfo_coef"), **flags)
     before, now, new = before_and_now("value")
     mb = {
         "returns": golden("cont/value_target_critic").squeeze(1),
         "values": before.output.squeeze(1),
-        "critic_held": script.pfo_input(before, args.critic_pfo_layers, args.critic_pfo_on),
+        "critic_held": script.pfo_input(before, args.pfo_layers, args.pfo_on),
     }
-    held = script.pfo_input(now, args.critic_pfo_layers, args.critic_pfo_on)
+    held = script.pfo_input(now, args.pfo_layers, args.pfo_on)
     loss, logged = script.critic_loss(now.output.squeeze(1), held, mb, args)
     loss.backward()
 
