@@ -68,6 +68,11 @@ CHANGES = {
         (LOOP, f"{LOOP}        HEAT = {LEFT}\n"),
     ],
 }
+DIFF = (ROOT / "README.md").read_text().partition("```diff\n")[2].partition("```")[0]
+CHANGES["the diff in the README"] = [
+    tuple("".join(line[1:] for line in hunk.splitlines(True)[1:] if line[0] in f" {sign}") for sign in "-+")
+    for hunk in DIFF.split("\n@@")[1:]
+]
 PLAIN = {  # where the plain code takes over, and what the run says
     "batch norm": "it draws random numbers or changes buffers of its own",
     "global by minibatch": "a recording gives other numbers, since it reads what changes from call to call",
@@ -124,6 +129,7 @@ def test_a_changed_copy_learns_as_its_plain_code_does(change, trained):
 
 
 SEVERAL = ["clip_coef annealed", "ent_coef annealed", "layer norm", "normalised features", "third term"]
+SEVERAL.append("the diff in the README")
 
 
 @pytest.mark.parametrize("change", SEVERAL)
