@@ -327,9 +327,9 @@ def pfo_input(network, layers, on):
 def feature_distance(new, old, distance, limit):
     """Distance of each sample's features from ``old``, (N,), and which samples are out of trust, (N,) bool."""
     if distance == "l2":
-        apart = (new - old).square().mean(1)
+        apart = (new - old).square().mean(-1)
         return apart, apart > limit
-    cosine = F.cosine_similarity(new, old, dim=1)
+    cosine = F.cosine_similarity(new, old, dim=-1)
     return -cosine, cosine < 1 - limit
 
 

@@ -485,10 +485,8 @@ class Run:
         self.state, self.play, self.film = state, play, film and getattr(args, "capture_video", False)
         self.frame_skip = getattr(args, "frame_skip", 1)
         self.steps = args.batch_size * self.frame_skip  # of an iteration
-        self.total_steps, self.unit = (
-            args.num_iterations * self.steps,
-            "frame" if hasattr(args, "frame_skip") else "step",
-        )
+        self.total_steps = args.num_iterations * self.steps
+        self.unit = "frame" if hasattr(args, "frame_skip") else "step"
         self.group, self.ended, self.exit_code = [self], False, 0  # the runs that are trained together
         self.done = checkpoint["iteration"] if checkpoint else 0  # iterations before this process
         self.episodes = checkpoint["episodes"] if checkpoint else 0

@@ -19,7 +19,7 @@ DIFFERENT = {
 }
 DIFFERENT[frozenset({"ppo_atari", "ppo_pfo_atari"})] = set.union(*DIFFERENT.values())
 # What the two domains have in common to the letter, beside their flags.
-EVERYWHERE = {"init_layer", "gae", "pfo_input", "learning_rate", "adapted_kl_coef"}
+EVERYWHERE = {"init_layer", "gae", "pfo_input", "feature_distance", "learning_rate", "adapted_kl_coef"}
 # Flags whose text or default differs between the domains, and those that one of them alone has.
 OF_A_DOMAIN = {
     *("env_id", "total_timesteps", "learning_rate", "num_envs", "num_steps", "minibatch_size"),
