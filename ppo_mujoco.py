@@ -534,13 +534,12 @@ def gradients(agents, losses, mb, kl_coef, args):
     agents: a Batch of S. losses(mb, kl_coef): those of each, of tensors (S, …).
     """
     loss, logged = losses(mb, kl_coef)
-    row, clipped, norms = agents.flat(agents.gradients(loss)), [], []
-    for columns in agents.columns(Agent.parts):
-        norms.append(torch.linalg.vector_norm(row[:, columns], dim=1, keepdim=True))
-        clipped.append(row[:, columns] * (args.max_grad_norm / (norms[-1] + 1e-6)).clamp(max=1))
-    logged |= {"actor_grad_norm": norms[0].squeeze(1), "critic_grad_norm": norms[-1].squeeze(1)}
-    # Copied, since a CUDA graph writes its next results over these.
-    return torch.cat(clipped, dim=1), dict(zip(logged, torch.stack(list(logged.values())).unbind(), strict=True))
+    row = agents.flat(agents.gradients(loss))
+    parts = [row[:, columns] for columns in agents.columns(Agent.parts)]
+    norms = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts])
+    for part, norm in zip(parts, (args.max_grad_norm / (norms + 1e-6)).clamp(max=1).unsqueeze(2), strict=True):
+        part.mul_(norm)
+    return row, logged | {"actor_grad_norm": norms[0], "critic_grad_norm": norms[-1]}
 
 
 def make_optimizers(agent, args):

@@ -134,6 +134,7 @@ class Optimizers:
         self.batch, self.optimizers = batch, optimizers
         self.rows = list(batch.rows)
         self.moments = {name: torch.zeros_like(batch.rows) for name in ("exp_avg", "exp_avg_sq")}
+        self.of_each = [x.unbind() for x in self.moments.values()]
         self.counts = [torch.zeros((), device=batch.rows.device) for _ in self.rows]
         pieces = {name: batch.pieces(x) for name, x in self.moments.items()}
         self.states = []  # of each module, and of each of its parameters: where its optimizer's state is, and its views
@@ -160,9 +161,8 @@ class Optimizers:
                     optimizer.step()
             return
         lr, (beta1, beta2), eps, weight_decay, maximize, decoupled = settings
-        rows, grads, exp_avgs, exp_avg_sqs, counts = (
-            [x[s] for s in learning] for x in (self.rows, grad, *self.moments.values(), self.counts)
-        )
+        lists = (self.rows, grad.unbind(), *self.of_each, self.counts)
+        rows, grads, exp_avgs, exp_avg_sqs, counts = ([x[s] for s in learning] for x in lists)
         torch._foreach_add_(counts, 1)
         (torch._fused_adamw_ if decoupled else torch._fused_adam_)(
             *(rows, grads, exp_avgs, exp_avg_sqs, [], counts),

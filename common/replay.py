@@ -109,7 +109,9 @@ class Differentiate:
         """The gradients and what is logged; ``plain`` is without a recording, ``checked`` and ``trial`` are for one."""
         self.agents.adopt()
         if plain:
-            return self.gradients(mb, kl_coef, everything)
+            grad, logged = self.gradients(mb, kl_coef, everything)
+            # Copied, since a CUDA graph writes its next results over these.
+            return grad, dict(zip(logged, torch.stack(list(logged.values())).unbind(), strict=True))
         if everything not in self.replays:
             self.replays[everything] = Replay(self._flat(everything, list(mb)), "a gradient", *self.of_replay)
         replay = self.replays[everything]

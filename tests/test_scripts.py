@@ -17,6 +17,16 @@ SCRIPTS = ["ppo_atari", "ppo_atari_2models", "ppo_pfo_atari"]
 # Five iterations of 2 x 32 transitions at frame skip 3
 TINY = ["--num-envs", "2", "--num-steps", "32", "--minibatch-size", "32", "--total-timesteps", "1000", "--seed", "7"]
 
+EVALUATED = [
+    *TINY[:-4],
+    "--total-timesteps",
+    "10000",
+    "--seed",
+    "7",
+    "--frame-skip",
+    "30",
+]  # games of 3 600 steps at most
+
 RANKS = ["effective_rank", "pca_rank", "srank", "feature_rank", "matrix_rank", "stable_rank"]
 SIGMAS = ["sigma_max", "sigma_2", "sigma_min"]
 NORMS = ["feature_norm", "preactivation_norm", "all_preactivation_norm"]
@@ -107,15 +117,15 @@ def same(one, other):
 def finished(request, tmp_path_factory):
     """A tiny run of each script with evaluation and video: its name, process, folder."""
     evaluation = ["--eval-episodes", "1", "--eval-interval", "0.5", "--capture-video"]
-    done, run = run_script(request.param, tmp_path_factory.mktemp(request.param), *TINY, *evaluation)
+    done, run = run_script(request.param, tmp_path_factory.mktemp(request.param), *EVALUATED, *evaluation)
     return request.param, done, run
 
 
 def test_every_tag_is_logged(finished):
     script, _, run = finished
     scalars = scalars_of(run)
-    steps = [192 * i for i in range(1, 6)]
-    expected = {tag: steps for tag in EVERY_ITERATION + DIAGNOSTICS} | {tag: [384, 960] for tag in EVALUATION}
+    steps = [1920 * i for i in range(1, 6)]
+    expected = {tag: steps for tag in EVERY_ITERATION + DIAGNOSTICS} | {tag: [3840, 9600] for tag in EVALUATION}
     if "pfo" not in script:
         expected = {tag: steps for tag, steps in expected.items() if "pfo" not in tag}
     assert {tag: [step for step, _ in scalars[tag]] for tag in expected if tag in scalars} == expected
@@ -162,7 +172,7 @@ def test_diagnostics_at_their_interval(tmp_path):
 def test_checkpoints(finished):
     name, _, run = finished
     paths = sorted(run.glob("checkpoints/[0-9]*"), key=lambda path: int(path.stem))
-    assert [path.name for path in paths] == [f"{192 * i}.pt" for i in range(6)]
+    assert [path.name for path in paths] == [f"{1920 * i}.pt" for i in range(6)]
     assert {path.name for path in run.glob("checkpoints/*")} == {*(p.name for p in paths), "latest.pt", "previous.pt"}
     assert (run / "checkpoints" / "latest.pt").read_bytes() == paths[-1].read_bytes()
     script = importlib.import_module(name)
@@ -199,7 +209,7 @@ def test_videos(finished):
 
 def test_the_same_seed_gives_the_same_run_evaluated_or_not(finished, tmp_path):
     name, _, evaluated = finished
-    _, run = run_script(name, tmp_path, *TINY)
+    _, run = run_script(name, tmp_path, *EVALUATED)
     for path in run.glob("checkpoints/*"):
         one, other = load(path), load(evaluated / "checkpoints" / path.name)
         for key in ("agent", "optimizers", "random_states", "episodes"):
