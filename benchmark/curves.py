@@ -54,17 +54,20 @@ def moving_average(values, width):
     return (total[last] - total[first]) / (last - first)
 
 
-def bootstrap_interval(samples, rng, resamples=10_000):
-    """95 % percentile bootstrap interval of the mean of ``samples``.
+def bootstrap_means(samples, rng, resamples=10_000):
+    """``resamples`` means of ``samples`` drawn with replacement, as an array.
 
     A list of arrays is resampled twice, the arrays and the values in each: for games of several runs.
     """
     if isinstance(samples, list):
         chosen = rng.integers(len(samples), size=(resamples, len(samples)))
-        means = [np.mean([rng.choice(samples[i], len(samples[i])).mean() for i in row]) for row in chosen]
-    else:
-        means = rng.choice(samples, (resamples, len(samples))).mean(1)
-    return np.percentile(means, [2.5, 97.5])
+        return np.array([np.mean([rng.choice(samples[i], len(samples[i])).mean() for i in row]) for row in chosen])
+    return rng.choice(samples, (resamples, len(samples))).mean(1)
+
+
+def bootstrap_interval(samples, rng, resamples=10_000):
+    """95 % percentile bootstrap interval of the mean of ``samples``, which are as in ``bootstrap_means``."""
+    return np.percentile(bootstrap_means(samples, rng, resamples), [2.5, 97.5])
 
 
 def name_of(run):
