@@ -52,6 +52,7 @@ IMPLEMENTATIONS = ("ppo_atari.py", "Stable-Baselines3")
 
 LAST = 100  # games
 RANDOM_GAMES = 100
+SAVE_EVERY = 50  # rollouts, of Stable-Baselines3
 RESAMPLES = 2_000
 
 
@@ -142,6 +143,30 @@ def make_their_envs(env_id, num_envs):
     return make_vec_env(f"ALE/{env_id}", num_envs, wrapper_class=Classic, env_kwargs=settings)
 
 
+def make_their_model(envs, seed, rollouts):
+    """Stable-Baselines3's PPO with the hyperparameters of the classic setting, annealed over ``rollouts``."""
+    from stable_baselines3 import PPO
+
+    return PPO(
+        "CnnPolicy",
+        envs,
+        learning_rate=lambda left: 2.5e-4 * (left + 1 / rollouts),  # which is asked after a rollout
+        n_steps=128,
+        batch_size=256,
+        n_epochs=4,
+        gamma=0.99,
+        gae_lambda=0.95,
+        clip_range=0.1,
+        clip_range_vf=0.1,
+        ent_coef=0.01,
+        vf_coef=0.25,  # of the mean squared error, of which ppo_atari.py takes the half
+        max_grad_norm=0.5,
+        policy_kwargs={"optimizer_kwargs": {"eps": 1e-5}},
+        seed=seed,
+        device="cpu",
+    )
+
+
 # Runs
 
 
@@ -178,7 +203,7 @@ def train_stable_baselines3(args, seed, folder):
 
         def _on_rollout_start(self):
             self.start = self.start or (time.time(), self.num_timesteps)
-            if self.rollouts and self.rollouts % 50 == 0:
+            if self.rollouts and self.rollouts % SAVE_EVERY == 0:
                 write_games(list_of_games, self.games, "")
                 self.model.save(folder / "unfinished.zip")
                 (folder / "unfinished.zip").rename(saved)
@@ -203,24 +228,7 @@ def train_stable_baselines3(args, seed, folder):
         games = [game for game in read_games(list_of_games)[1] if game[0] <= SKIP * model.num_timesteps]
         print(f"{saved}: goes on at {SKIP * model.num_timesteps:,} frames", flush=True)
     else:
-        model = PPO(
-            "CnnPolicy",
-            envs,
-            learning_rate=lambda left: 2.5e-4 * (left + 1 / rollouts),  # which is asked after a rollout
-            n_steps=128,
-            batch_size=256,
-            n_epochs=4,
-            gamma=0.99,
-            gae_lambda=0.95,
-            clip_range=0.1,
-            clip_range_vf=0.1,
-            ent_coef=0.01,
-            vf_coef=0.25,  # of the mean squared error, of which ppo_atari.py takes the half
-            max_grad_norm=0.5,
-            policy_kwargs={"optimizer_kwargs": {"eps": 1e-5}},
-            seed=seed,
-            device="cpu",
-        )
+        model = make_their_model(envs, seed, rollouts)
     # The environments get consecutive seeds; those of two runs must have none in common.
     envs.seed(1_000_003 * seed + model.num_timesteps)
     callback = Games(games)
@@ -386,7 +394,7 @@ class OurGames:
     """envpool's games, stepped as ppo_atari.py's rollout steps them."""
 
     def __init__(self, env_id, num_envs, seeds):
-        self.envs, self.num_actions = make_our_envs(env_id, num_envs, seeds), 0
+        self.envs = make_our_envs(env_id, num_envs, seeds)
         self.num_actions, self.num_envs = int(self.envs.action_space.n), num_envs
         self.scores = np.zeros(num_envs)
 
