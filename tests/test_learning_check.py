@@ -64,9 +64,9 @@ def test_actions_stick_frame_by_frame_in_both():
     moved = ours.step(np.full(num, 2))[4]["ram"][:, paddle] - before
     theirs = learning_check.Classic(ale_game("Breakout-v5", learning_check.STICKY))
     their_moved = []
-    for seed in range(num):
+    for i in range(num):
         theirs.over = True
-        theirs.reset(seed=seed)
+        theirs.reset(seed=None if i else 0)
         for _ in range(3):
             theirs.step(0)
         before = int(theirs.unwrapped.ale.getRAM()[paddle])
@@ -206,8 +206,9 @@ def test_one_run_goes_on_where_it_was_stopped(tmp_path):
     assert "resumed from latest.pt at 4,096 steps" in out and "# Breakout-v5, 8192 frames, 1 of 2 runs" in out
     frames, _ = np.array(learning_check.read_games(tmp_path / "Breakout-v5__ppo_atari__1.csv")[1]).T
     assert len(frames) and frames.max() > 4096 and (frames <= 8192).all()
+    args = learning_check.Args(total_timesteps=8192, output=tmp_path)
+    learning_check.train(args, "ppo_atari.py", 1)  # which is done: it leaves no folder of a new run
     assert not folder.exists()
-    assert "1 of 2 runs" in program("learning_check", *flags)  # and trains nothing: there is no folder to go on in
 
 
 def test_stable_baselines3_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
