@@ -53,9 +53,12 @@ def _main(path, folder, flags, code, environment):
 
 
 @contextlib.contextmanager
-def started(name, folder, flags, code="", **environment):
-    """The process of a kind of run; its output is in ``folder``/log. ``code`` runs in it before the script."""
-    path = str(ROOT / f"{script_of(name)}.py")
+def started(name, folder, flags, code="", path=None, **environment):
+    """The process of a kind of run, or of the script ``path``; its output is in ``folder``/log.
+
+    ``code`` runs in it before the script.
+    """
+    path = str(path or ROOT / f"{script_of(name)}.py")
     process = context.Process(target=_main, args=(path, folder, flags, code, environment))
     process.start()
     try:
@@ -65,10 +68,10 @@ def started(name, folder, flags, code="", **environment):
         process.join()
 
 
-def run(name, folder, flags, code="", **environment):
+def run(name, folder, flags, code="", path=None, **environment):
     """Run a script to its end; its exit code and what it printed."""
     before = (folder / "log").stat().st_size if (folder / "log").exists() else 0
-    with started(name, folder, flags, code, **environment) as process:
+    with started(name, folder, flags, code, path, **environment) as process:
         process.join(300)
         assert process.exitcode is not None, "still running"
     return process.exitcode, (folder / "log").read_bytes()[before:].decode()
