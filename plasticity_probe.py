@@ -265,7 +265,9 @@ class MuJoCo:
 
     @staticmethod
     def kl(script, target, output):
-        """KL(target ‖ output) (N,) of two policies: that of the normals under the tanh."""
+        """KL(target ‖ output) (N,) of two policies: that of the normals under the tanh, or of categorical ones."""
+        if not hasattr(script, "loc_and_scale"):
+            return categorical_kl(target, output)
         return normal_kl(*script.loc_and_scale(target), *script.loc_and_scale(output))
 
 
