@@ -2,11 +2,15 @@
 
 import copy
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import envpool
 import forked
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -464,3 +468,211 @@ def test_what_a_recipe_keeps_is_resumed(name, run):
     if name == "chain_mujoco":
         histories = [x[1]["agent"]["chain_history"] for x in (first, resumed)]
         assert torch.equal(histories[1][:, -3:-1], histories[0][:, -2:])
+
+
+def test_redo_knows_which_weights_leave_a_channel(module):
+    script = module("redo_atari")
+    torch.manual_seed(0)
+    args = script.Args()
+    agent = script.Agent(4, args)
+    optimizers = script.make_optimizers(agent, args)
+    for optimizer in optimizers:
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    dead = {0: 7, 2: 11, 3: 500}  # a channel of the first and of the last convolution, a unit
+    with torch.no_grad():
+        for network in (agent.actor, agent.critic):
+            for layer, bias in zip(network.hidden, (2.0, 9.0, 9.0, 9.0), strict=True):
+                layer.bias.fill_(bias)  # all others are active
+        for i, unit in dead.items():
+            agent.actor.hidden[i].bias[unit] = -100.0
+    before = copy.deepcopy(agent.state_dict())
+    agent.recycle(torch.randint(256, (2, 84, 84, 4), dtype=torch.uint8), 1e-6, optimizers)
+    state = {
+        name: optimizers[0].state[p]["exp_avg"] for name, p in agent.named_parameters() if name.startswith("actor")
+    }
+    for name, x in agent.state_dict().items():
+        new, emptied = torch.zeros(x.shape, dtype=torch.bool), torch.zeros(x.shape, dtype=torch.bool)
+        for i, unit in dead.items():
+            if name.startswith(f"actor.hidden.{i}."):
+                new[unit] = True
+        if name == "actor.hidden.1.weight":
+            emptied[:, 7] = True
+        if name == "actor.hidden.3.weight":
+            emptied[:, 49 * 11 : 49 * 12] = True
+        if name == "actor.output.weight":
+            emptied[:, 500] = True
+        assert not x[emptied].any() and (x != before[name])[new & ~emptied].all(), name
+        assert torch.equal(x[~(new | emptied)], before[name][~(new | emptied)]), name
+        if name in state:
+            assert (state[name] == 0).equal(new | emptied), name
+
+
+def test_residual_layers_add_to_the_preactivations_before_them(module):
+    script = module("residual_atari")
+    agent = script.Agent(4, script.Args(residual_layers=2))
+    obs = torch.randint(256, (3, 84, 84, 4), dtype=torch.uint8)
+    output = agent.policy(obs, all_layers=True)
+    *_, first, second, third = output.all_preactivations.split(
+        [32 * 20 * 20, 64 * 9 * 9, 64 * 7 * 7, *[512] * 3], dim=1
+    )
+    for z, following, layer in ((first, second, agent.actor.hidden[4]), (second, third, agent.actor.hidden[5])):
+        assert torch.allclose(following, z + z.relu() @ layer.weight.T + layer.bias, atol=1e-5)
+    assert torch.equal(output.preactivations, third) and len(agent.actor.hidden) == 6
+
+
+def same_transitions(script, args, make_single, num_steps):
+    """A rollout of two environments is what single ones make of its actions; their episodes that ended."""
+    seeds = [11, 5]
+    envs = script.make_envs(args, 2, seeds)
+    size, action_dim = envs.observation_space.shape[0], len(envs.action_space.low)
+    low, high = envs.action_space.low, envs.action_space.high
+    normalizer = script.Normalizer(np.zeros(size), np.ones(size), 1000)
+    obs = torch.empty(num_steps + 1, 2, size + 1)
+    obs[0] = normalizer(envs.reset()[0], np.zeros(2))
+    noise = torch.randn(num_steps, 2, action_dim, generator=torch.Generator().manual_seed(0))
+    outputs = 1 if not hasattr(script, "loc_and_scale") else 2
+    act = lambda x, noise: script.sample(torch.zeros(len(x), outputs * action_dim), noise)  # noqa: E731
+    transitions, ended = script.rollout(envs, act, normalizer, obs, noise, np.zeros((2, 2)))
+    for i, seed in enumerate(seeds):
+        reset, step = make_single(seed)
+        seen, length = reset(), 0
+        for t, action in enumerate(transitions.actions[:, i].numpy()):
+            expected = torch.from_numpy(np.asarray(seen)).float()
+            assert torch.equal(obs[t, i, :-1], expected) and obs[t, i, -1].item() == pytest.approx(length / 500 - 1)
+            seen, reward, done = step(action * (high - low) / 2 + (high + low) / 2)
+            assert transitions.rewards[t, i] == np.float32(reward) and transitions.dones[t, i] == done
+            length += 1
+            if done:
+                seen, length = reset(), 0
+        assert torch.equal(obs[-1, i, :-1], torch.from_numpy(np.asarray(seen)).float())
+    return ended
+
+
+def of_envpool(join, act, *task):
+    """Single environments of envpool, for same_transitions."""
+
+    def make_single(seed):
+        envs = envpool.make(*task, env_type="gymnasium", num_envs=1, seed=[seed])
+        first = []
+
+        def reset():
+            # After an episode, the next step is spent on the reset
+            obs = envs.step(act(np.zeros(8)))[0] if first else envs.reset()[0]
+            first.append(obs)
+            return join(obs)
+
+        def step(action):
+            obs, reward, terminated, truncated, _ = envs.step(act(action))
+            return join(obs), reward[0], terminated[0] | truncated[0]
+
+        return reset, step
+
+    return make_single
+
+
+def test_dm_control_has_real_transitions_alone(module):
+    script = module("ppo_dm_control")
+    join = lambda obs: np.concatenate([obs["position"][0], obs["velocity"][0]])  # noqa: E731
+    single = of_envpool(join, lambda action: action[None, :6], "CheetahRun-v1")
+    ended = same_transitions(script, script.Args(env_id="CheetahRun-v1"), single, 1003)
+    assert [(i, step, length) for i, step, _, length in ended] == [(0, 1000, 1000), (1, 1000, 1000)]
+    for task in ("HumanoidCMURun-v1", "FingerSpin-v1"):
+        args = script.Args(env_id=task)
+        script.check_args(args)
+        envs = script.make_envs(args, 2, [1, 2])
+        assert envs.reset()[0].shape == (2, *envs.observation_space.shape)
+
+
+@pytest.mark.parametrize("task", ["CartPole-v1", "Acrobot-v1"])
+def test_classic_control_has_real_transitions_alone(task, module):
+    script = module("ppo_classic_control")
+    num_actions = {"CartPole-v1": 2, "Acrobot-v1": 3}[task]
+    single = of_envpool(lambda obs: obs[0], lambda action: np.array([action[:num_actions].argmax()]), task)
+    ended = same_transitions(script, script.Args(env_id=task), single, 600)
+    assert len(ended) >= 2
+
+
+def test_a_categorical_policy_draws_what_it_says(module):
+    script = module("ppo_classic_control")
+    logits = torch.tensor([1.0, -0.5, 0.2]).expand(100_000, 3)
+    noise = torch.randn(100_000, 3, generator=torch.Generator().manual_seed(0))
+    actions = script.sample(logits, noise)
+    assert torch.equal(actions.sum(1), torch.ones(100_000)) and set(actions.unique().tolist()) == {0.0, 1.0}
+    assert torch.allclose(actions.mean(0), logits[0].softmax(0), atol=0.006)  # four standard errors
+    assert torch.equal(script.sample(logits[:1], torch.zeros(1, 3)), torch.tensor([[1.0, 0.0, 0.0]]))
+    assert torch.allclose(script.log_prob(actions, logits).exp().mean(), logits[0].softmax(0).square().sum(), atol=0.01)
+
+
+def test_a_categorical_policy_has_the_loss_of_the_atari_scripts(module):
+    script, atari = module("ppo_classic_control"), importlib.import_module("ppo_pfo_atari")
+    torch.manual_seed(0)
+    logits, old, held = torch.randn(64, 3, requires_grad=True), torch.randn(64, 3), torch.randn(64, 8)
+    actions = torch.arange(64) % 3
+    one_hot = torch.nn.functional.one_hot(actions).float()
+    common = {"advantages": torch.randn(64), "actor_held": torch.randn(64, 8), "logits": old}
+    flags = {"ent_coef": 0.1, "kl_coef": 1.0, "pfo_coef": 1.0, "clip_coef": 0.2}
+    mine = {**common, "actions": one_hot, "logprobs": script.log_prob(one_hot, old)}
+    loss, logged = script.actor_loss(logits, held, mine, torch.tensor(0.5), script.Args(**flags))
+    theirs = {**common, "actions": actions}
+    expected, others = atari.actor_loss(logits, held, theirs, torch.tensor(0.5), atari.Args(**flags))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert {name: x.item() for name, x in logged.items()} == pytest.approx(
+        {name: x.item() for name, x in others.items()}, rel=1e-4, abs=1e-6
+    )
+    one, other = (torch.autograd.grad(x, logits)[0] for x in (loss, expected))
+    assert torch.allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("task, num_steps", [("Pendulum-v1", 410), ("Hopper-v5", 120)])
+def test_gymnasium_has_real_transitions_alone(task, num_steps, module):
+    script = module("ppo_gymnasium")
+
+    def make_single(seed):
+        env = gymnasium.make(task)
+        env.reset(seed=seed)  # as make_envs does; the rollout begins with another
+
+        def step(action):
+            obs, reward, terminated, truncated, _ = env.step(action)
+            return obs, reward, terminated or truncated
+
+        return lambda: env.reset()[0], step
+
+    ended = same_transitions(script, script.Args(env_id=task), make_single, num_steps)
+    assert len(ended) >= 4
+
+
+REFUSED = [
+    ("ppo_gymnasium", "CartPole-v1", "--env-id CartPole-v1: its actions must be a box of vectors, and are Discrete(2)"),
+    ("ppo_gymnasium", "NoTask-v0", "--env-id NoTask-v0: can't be made, NameNotFound: "),
+    ("ppo_dm_control", "cheetahrun", "must be one of dm_control's 51 tasks; nearest: CheetahRun-v1"),
+    ("ppo_classic_control", "Pong-v5", "--env-id Pong-v5: must be CartPole-v1 or Acrobot-v1"),
+]
+
+
+@pytest.mark.parametrize("name, env_id, line", REFUSED)
+def test_other_environments_cost_one_line(name, env_id, line, module, capsys):
+    with pytest.raises(SystemExit) as stop:
+        module(name).check_args(module(name).Args(env_id=env_id))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and line in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_runs_of_recipes_are_probed(copies, run, tmp_path):
+    """With networks, policies and environments that are other than the scripts'."""
+    probed = ["layer_norm_mujoco", "crelu_mujoco", "l2_init_mujoco", "ppo_classic_control", "ppo_dm_control"]
+    probed += ["ppo_gymnasium"]
+    shutil.copytree(ROOT / "common", tmp_path / "common")
+    shutil.copy(ROOT / "plasticity_probe.py", tmp_path)
+    folders = []
+    for name in probed:
+        shutil.copy(copies / f"{name}.py", tmp_path)
+        folders.append(run(name, "--seed", "2")[0][2]["folder"])
+    flags = ["--checkpoints", "last", "--max-samples", "64", "--num-envs", "1"]
+    command = [sys.executable, tmp_path / "plasticity_probe.py", *folders, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    for folder in folders:
+        lines = (Path(folder) / "plasticity" / "plasticity.csv").read_text().splitlines()
+        assert len(lines) == 3 and "nan" not in lines[1].lower()
