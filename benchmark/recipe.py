@@ -18,7 +18,8 @@ from pathlib import Path
 import tyro
 from unidiff import PatchSet, UnidiffParseError
 
-from common.run import fail, parse_args
+from common.arguments import fail
+from common.run import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
@@ -202,7 +203,9 @@ def refresh(name):
         if conflicts:
             path = ROOT / f"{name}.py"
             path.write_text(with_head(recipe.head, text), encoding="utf-8")
-            print(f"{name}: {conflicts} conflicts, marked in {path.name}; mend them there, then --save {name}")
+            print(
+                f"{name}: conflicts in {conflicts} places, marked in {path.name}; mend them there, then --save {name}"
+            )
             return False
         what = f"merged with the changes of {recipe.script}"
     after = diff(name, recipe.script, recipe.head, text)

@@ -483,10 +483,10 @@ def test_redo_knows_which_weights_leave_a_channel(module):
     dead = {0: 7, 2: 11, 3: 500}  # a channel of the first and of the last convolution, a unit
     with torch.no_grad():
         for network in (agent.actor, agent.critic):
-            for layer, bias in zip(network.hidden, (2.0, 9.0, 9.0, 9.0), strict=True):
+            for layer, bias in zip(network.hidden, (2.0, 9.0, 40.0, 150.0), strict=True):
                 layer.bias.fill_(bias)  # all others are active
         for i, unit in dead.items():
-            agent.actor.hidden[i].bias[unit] = -100.0
+            agent.actor.hidden[i].bias[unit] = -1000.0
     before = copy.deepcopy(agent.state_dict())
     agent.recycle(torch.randint(256, (2, 84, 84, 4), dtype=torch.uint8), 1e-6, optimizers)
     state = {
