@@ -12,6 +12,7 @@ The third writes spo_mujoco.py beside the scripts, a script like any other. Whoe
 import difflib
 import re
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,8 +183,6 @@ def merged(recipe, old, folder):
 
 def refresh(name):
     """Bring a recipe up to date with its script, and say what became of it; False if it takes somebody to do it."""
-    import tempfile
-
     recipe = read(name)
     before = path_of(name).read_text(encoding="utf-8")
     try:
@@ -203,9 +202,8 @@ def refresh(name):
         if conflicts:
             path = ROOT / f"{name}.py"
             path.write_text(with_head(recipe.head, text), encoding="utf-8")
-            print(
-                f"{name}: conflicts in {conflicts} places, marked in {path.name}; mend them there, then --save {name}"
-            )
+            marked = f"conflicts in {conflicts} places, marked in {path.name}"
+            print(f"{name}: {marked}; mend them there, then --save {name}")
             return False
         what = f"merged with the changes of {recipe.script}"
     after = diff(name, recipe.script, recipe.head, text)
@@ -217,8 +215,8 @@ def refresh(name):
     return True
 
 
-if __name__ == "__main__":
-    args = parse_args(Args)
+def main(args):
+    """Do what the command line asks for; returns the exit code."""
     modes = [mode for mode in ("list", "show", "save", "refresh") if getattr(args, mode)]
     if len(modes) > 1:
         fail(f"--{modes[1]}: must not go with --{modes[0]}")
@@ -238,7 +236,7 @@ if __name__ == "__main__":
             print(path_of(name).relative_to(ROOT))
     elif args.refresh:
         fine = [refresh(name) for name in args.names or names()]
-        raise SystemExit(0 if all(fine) else 1)
+        return 0 if all(fine) else 1
     else:
         texts = {name: made(name) for name in args.names}
         for name, text in texts.items():
@@ -248,3 +246,8 @@ if __name__ == "__main__":
         for name, text in texts.items():
             (ROOT / f"{name}.py").write_text(text, encoding="utf-8")
             print(f"{name}.py")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(parse_args(Args)))

@@ -676,3 +676,10 @@ def test_runs_of_recipes_are_probed(copies, run, tmp_path):
     for folder in folders:
         lines = (Path(folder) / "plasticity" / "plasticity.csv").read_text().splitlines()
         assert len(lines) == 3 and "nan" not in lines[1].lower()
+
+
+def test_the_readme_shows_a_recipe_as_it_is_and_names_all():
+    text = (recipe.RECIPES / "README.md").read_text(encoding="utf-8")
+    shown = text.split("```diff\n")[1].split("```")[0]
+    assert shown == recipe.path_of("weight_clipping_mujoco").read_text(encoding="utf-8")
+    assert [name for name in recipe.names() if f"`{name}`" not in text] == []
