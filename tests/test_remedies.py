@@ -1,0 +1,103 @@
+"""The comparison of remedies: known numbers in, known numbers out, and the command on synthetic runs."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from test_figures import ROOT, curves_of, write_run
+
+from benchmark import recipe, remedies
+
+
+def test_holm_of_known_numbers():
+    assert remedies.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert remedies.holm([0.6, 0.9]) == pytest.approx([1.0, 1.0])
+    adjusted = remedies.holm([0.02, np.nan, 0.01])
+    assert adjusted[[0, 2]] == pytest.approx([0.02, 0.02]) and np.isnan(adjusted[1])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_holm_rejects_as_its_steps_do(p_values):
+    """One after the other, the smallest first, until one is above 0.05 over the number of those that are left."""
+    adjusted, rejecting = remedies.holm(p_values), True
+    for k, i in enumerate(np.argsort(p_values, kind="stable")):
+        rejecting &= (len(p_values) - k) * p_values[i] <= 0.05
+        assert (adjusted[i] <= 0.05) == rejecting
+        assert adjusted[i] >= p_values[i]
+
+
+def test_what_is_compared_are_logarithms():
+    x, y = np.array([100.0, 220.0, 90.0]), np.array([10.0, 12.0, 9.0])
+    assert remedies.different(x, y) == pytest.approx(stats.ttest_ind(np.log(x), np.log(y), equal_var=False).pvalue)
+    assert remedies.different(x, 7 * y) == pytest.approx(remedies.different(3 * x, 21 * y))
+    assert np.isnan(remedies.different(x, np.array([0.0, 1.0]))) and np.isnan(remedies.different(x[:1], y))
+
+
+def test_means_and_intervals():
+    rng = np.random.default_rng(0)
+    mean, low, high = remedies.mean_and_interval(np.array([1.0, 100.0]), True, rng, 1000)
+    assert (mean, low, high) == pytest.approx((10, 1, 100))
+    assert remedies.mean_and_interval(np.array([3.0]), False, rng, 1000)[0] == 3
+    assert np.isnan(remedies.mean_and_interval(np.array([]), False, rng, 1000)).all()
+
+
+def seeds_with(returns):
+    """A table as table_of_seeds makes it, of returns by remedy."""
+    rows = []
+    for remedy, values in returns.items():
+        for value in values:
+            row = dict.fromkeys(remedies.MEASURES, 1.0) | {"intervention": remedy, "return": value, "max_return": 9.0}
+            rows.append(row | {"ratio_broken_in": True, "return_halved_in": value < 100})
+    return pd.DataFrame(rows)
+
+
+def test_remedies_are_in_the_order_of_their_returns_and_judged_by_the_adjusted_p():
+    returns = {"none": [50, 55, 60, 52, 57], "good": [500, 550, 610, 540, 520], "bad": [5, 5.5, 6, 5.2, 5.1]}
+    returns |= {f"idle {i}": [49 + i, 56, 61, 52 - i, 57] for i in range(4)}
+    table = remedies.table_of_remedies(seeds_with(returns), 0, 1000)
+    assert table["remedy"].iloc[0] == "good" and table["remedy"].iloc[-1] == "bad"
+    rows = {row["remedy"]: {**row, "of_ppo": {"return": 54.8, "max_return": 9.0}} for row in table.to_dict("records")}
+    assert remedies.verdict(rows["good"]) == "helps" and remedies.verdict(rows["bad"]) == "harms"
+    assert all(remedies.verdict(rows[f"idle {i}"]) == "no difference shown" for i in range(4))
+    assert rows["good"]["improvement"] == 1 and rows["good"]["return_halved_in"] == 0
+    assert rows["good"]["p_return_adjusted"] >= 5 * rows["good"]["p_return"]  # the second smallest of six
+    text = remedies.markdown(table)
+    assert "| **PPO** | 5 | – | – | – |" in text and text.count("\n") == 2 + 7 - 1
+
+
+def test_the_command(tmp_path):
+    (tmp_path / "runs").mkdir()
+    for seed in range(3):
+        for script, collapsed in (("ppo_mujoco", True), ("spo_mujoco", False)):
+            write_run(tmp_path / "runs", curves_of(seed, collapsed), seed=seed, script=f"{script}.py")
+    flags = ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out"), "--resamples", "200"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmark.remedies", *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = {"remedies.md", "remedies.csv", "remedies.png", "remedies.pdf", "runs.csv"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    table = pd.read_csv(tmp_path / "out" / "remedies.csv")
+    assert list(table["remedy"]) == ["spo_mujoco", "none"] and list(table["runs"]) == [3, 3]
+
+
+def test_without_ppo_there_is_nothing_to_compare_with(tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    write_run(tmp_path / "runs", curves_of(0), script="spo_mujoco.py")
+    with pytest.raises(SystemExit) as stop:
+        remedies.main(remedies.Args(runs=(str(tmp_path / "runs"),), output=tmp_path / "out"))
+    assert stop.value.code == 1 and "of PPO without change, and of a remedy" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_study_has_every_recipe_on_mujoco():
+    """But for the other environments."""
+    text = (ROOT / "benchmark" / "remedies.sh").read_text()
+    names = [name.removesuffix("_mujoco") for name in recipe.names() if name.endswith("_mujoco")]
+    assert [name for name in names if not re.search(rf"\b{name}\b", text)] == []
