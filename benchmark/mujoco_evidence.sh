@@ -16,7 +16,8 @@ study --env-ids Hopper-v4 --epochs 20 --commands "python ppo_mujoco.py --activat
     "python ppo_mujoco.py --activation Tanh --share-features" \
     "python ppo_mujoco.py --activation Tanh --pfo-coef 1 --pfo-layers all" "$@"
 study --env-ids Hopper-v4 --epochs 15 --commands "python ppo_mujoco.py --activation Tanh" "$@"
-study --env-ids Humanoid-v4 --epochs 10 20 --commands "python ppo_mujoco.py --activation Tanh" "$@"
+study --env-ids Humanoid-v4 --epochs 10 20 --commands "python ppo_mujoco.py --activation Tanh" \
+    "python ppo_mujoco.py --activation Tanh --pfo-coef 1" "$@"
 
 for argument in "$@"; do
     if [ "$argument" = --dry-run ]; then exit; fi # there are no runs yet, for what comes next
