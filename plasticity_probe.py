@@ -260,7 +260,11 @@ class MuJoCo:
         obs = torch.empty((num_steps + 1, *first.shape))
         obs[0] = first
         noise = torch.randn((num_steps, num_envs, len(envs.action_space.low)), generator=generator)
-        script.rollout(envs, lambda x, noise: script.sample(policy(x).output, noise), statistics, obs, noise, running)
+
+        def act(obs, noise):
+            return (script.sample(policy(obs).output, noise),)
+
+        script.rollout(envs, act, statistics, obs, noise, running)
         return obs[:-1].flatten(0, 1)
 
     @staticmethod

@@ -429,7 +429,7 @@ def test_a_time_limit_shows_the_last_observation(module):
     normalizer = script.Normalizer(np.zeros(17), np.ones(17), 1000)
     obs, noise = torch.empty(1003, 2, 18), torch.randn(1002, 2, 6)
     obs[0] = normalizer(envs.reset()[0], np.zeros(2))
-    act = lambda obs, noise: noise.tanh()  # noqa: E731
+    act = lambda obs, noise: (noise.tanh(),)  # noqa: E731
     transitions, ended = script.rollout(envs, act, normalizer, obs, noise, np.zeros((2, 2)))
     assert [(i, step) for i, step, *_ in ended] == [(0, 1000), (1, 1000)]
     assert torch.equal(transitions.truncations.sum(1), torch.tensor([0.0] * 999 + [2.0] + [0.0] * 2))
@@ -533,7 +533,7 @@ def same_transitions(script, args, make_single, num_steps):
     obs[0] = normalizer(envs.reset()[0], np.zeros(2))
     noise = torch.randn(num_steps, 2, action_dim, generator=torch.Generator().manual_seed(0))
     outputs = 1 if not hasattr(script, "loc_and_scale") else 2
-    act = lambda x, noise: script.sample(torch.zeros(len(x), outputs * action_dim), noise)  # noqa: E731
+    act = lambda x, noise: (script.sample(torch.zeros(len(x), outputs * action_dim), noise),)  # noqa: E731
     transitions, ended = script.rollout(envs, act, normalizer, obs, noise, np.zeros((2, 2)))
     for i, seed in enumerate(seeds):
         reset, step = make_single(seed)
