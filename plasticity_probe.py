@@ -56,7 +56,16 @@ except ImportError:  # Windows has no such locks; there, nothing keeps two probe
 ROOT = Path(__file__).resolve().parent
 LOSSES = ("initial_loss", "final_loss", "last_minibatch_loss", "loss_auc")
 MEASURES = (
-    *(*RANKS, *SIGMAS, "dead_units", "dormant_fraction", "feature_norm", "feature_mean", "feature_std"),
+    *(
+        *RANKS,
+        *SIGMAS,
+        "dead_units",
+        "dead_fraction",
+        "dormant_fraction",
+        "feature_norm",
+        "feature_mean",
+        "feature_std",
+    ),
     *("preactivation_norm", "all_preactivation_norm"),
 )
 LOGGED = (*LOSSES, *(f"{when}/{name}" for when in ("before", "after") for name in MEASURES))

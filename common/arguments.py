@@ -64,6 +64,8 @@ class RunArgs:
     """share of the run (0.1: every tenth of it) after which to evaluate as well; 0 evaluates at the end alone"""
     capture_video: bool = False
     """record the first episode of each evaluation as mp4"""
+    stop_on: Literal["none", "collapse"] = "none"
+    """collapse ends the run, after a checkpoint, when half of its return and half of its rank are lost for good"""
 
     # Checkpoints
     checkpoint_interval: Annotated[float, Range(above=0, high=1)] = 0.005

@@ -25,9 +25,11 @@ def layer_measures(network, activation):
 
     Returns a dict of 0-dim float64 tensors.
     """
+    dead = dead_units(network.features, activation)
     return {
         **feature_ranks(network.features),
-        "dead_units": dead_units(network.features, activation),
+        "dead_units": dead,
+        "dead_fraction": dead / network.features.shape[1],
         "dormant_fraction": dormant_fraction(network.features),
         **feature_stats(network.features),
         "preactivation_norm": mean_norm(network.preactivations),

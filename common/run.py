@@ -29,6 +29,7 @@ import torch
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
+from common.alarms import Watch
 from common.arguments import (
     check_precision,
     fail,
@@ -53,7 +54,7 @@ except ImportError:  # Windows has no such locks; there, nothing keeps two proce
 MAY_DIFFER = {
     *("resume", "device", "torch_deterministic", "torch_threads", "compile", "track", "wandb_project_name"),
     *("wandb_entity", "wandb_mode", "diagnostics_interval", "checkpoint_interval", "eval_episodes", "eval_interval"),
-    *("capture_video", "record", "seeds"),
+    *("capture_video", "stop_on", "record", "seeds"),
 }
 # Flags that every run has; what a checkpoint lacks of the others came after it, and their defaults are without effect.
 ALWAYS = {"env_id", "exp_name", "seed", "seeds", "total_timesteps"}
@@ -491,7 +492,11 @@ class Run:
         self.done = checkpoint["iteration"] if checkpoint else 0  # iterations before this process
         self.episodes = checkpoint["episodes"] if checkpoint else 0
         self.recent_returns = deque(checkpoint["recent_returns"] if checkpoint else (), maxlen=100)
-        self.scalars, self.shown = {}, {}
+        self.scalars, self.shown, self.watch = {}, {}, Watch()
+        try:
+            self.watch.load_state_dict((checkpoint or {}).get("alarms", {}))
+        except ValueError as error:
+            fail(f"{checkpoint['path']}: can't be resumed, {error}")
         # Read now: whoever edits the code while this runs doesn't change what was run.
         self.origin = {"args": self.args, "versions": library_versions(), "git_revision": git_revision()}
         self.said = set()
@@ -670,7 +675,7 @@ class Run:
 
     def _whole_state(self, iteration):
         counters = {"iteration": iteration, "global_step": iteration * self.steps, "episodes": self.episodes}
-        returns = {"recent_returns": list(map(float, self.recent_returns))}
+        returns = {"recent_returns": list(map(float, self.recent_returns)), "alarms": self.watch.state_dict()}
         # Cloned: training goes on in the tensors, and one may be a part of a larger one, which would be saved whole.
         return tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, {**self.state(), **counters, **returns})
 
@@ -702,7 +707,7 @@ class Run:
         holds = "holds" if self.save_checkpoint(self.previous_step, self.good) else "lacks"
         self.ended = True
         others = [run for run in self.group if not run.ended]
-        self.close(exit_code=1, keep_bar=bool(others))
+        self.exit_code = self.close(exit_code=1, keep_bar=bool(others))
         line = one_line(f"{why} in iteration {self.iteration}; {self.folder} {holds} the state before it")
         self.group[0].say(f"error: {line}", file=sys.stderr)
         if not others:
@@ -711,7 +716,12 @@ class Run:
     def log_iteration(self, agent_steps_per_second):
         """Log ``scalars``, and keep of them what the console shows."""
         speed = {"charts/SPS": agent_steps_per_second, "charts/FPS": agent_steps_per_second * self.frame_skip}
+        alarms = self.watch(self.global_step, self.global_step / self.total_steps, self.scalars)
+        if self.diagnosed or alarms:
+            self.scalars |= {f"alarm/{name}": rang for name, rang in self.watch.ringing.items()}
         self.log({**self.scalars, **(self.times if self.diagnosed else {}), **speed}, self.global_step)
+        for alarm in alarms:
+            self.raise_alarm(alarm)
         for name, tag in SHOWN.items():
             if tag in self.scalars:
                 self.shown[name] = self.scalars[tag]
@@ -720,6 +730,24 @@ class Run:
         for tag, when in RARE.items():
             if self.diagnosed and tag not in self.scalars:
                 self.group[0].say_once(when)
+
+    def raise_alarm(self, alarm):
+        """Say an alarm on the console, in the event file and to W&B."""
+        whose = f"seed {self.args['seed']}: " if len(self.group) > 1 else ""
+        self.group[0].say(f"{whose}{alarm}")
+        with self._logging():
+            self.events.add_text("alarms", str(alarm), alarm.step)
+        if self.wandb and alarm.step > self.wandb_start:
+            with self._tracking():
+                self.wandb.alert(title=f"{alarm.name}: {self.name}", text=str(alarm))
+
+    def end_on_collapse(self):
+        """End the run, its last state saved; the last one of its process is left for the script to close."""
+        say, step = self.group[0].say, f"{self.global_step:,} {self.unit}s"
+        say(f"--stop-on collapse: {self.folder} ends at {step}; its return and its rank are lost for good")
+        if sum(not run.ended for run in self.group) > 1:
+            self.ended = True
+            self.exit_code = self.close(keep_bar=True)
 
     def evaluate(self):
         """Log the returns and lengths of ``--eval-episodes`` episodes, sampled and greedy, with a video of each kind.
@@ -843,7 +871,7 @@ class Runs:
 
     @property
     def training(self):
-        """The indices of those that have not ended on a fault of their own."""
+        """The indices of those that have not ended on a fault, or a collapse, of their own."""
         return [s for s, run in enumerate(self.runs) if not run.ended]
 
     @property
@@ -884,19 +912,21 @@ class Runs:
             if diagnosed:
                 first.report(training[0].global_step, speed * first.frame_skip, **shown)
             # After logging, since what was logged up to a checkpoint is what a resumed run keeps
-            if iteration in checkpoints or interrupted:
-                for run in training:
-                    run.save_checkpoint(run.global_step, run._whole_state(iteration), iteration in snapshots)
+            collapsed = [run for run in training if run.args.get("stop_on") == "collapse" and run.watch.collapsed]
+            for run in training if iteration in checkpoints or interrupted else collapsed:
+                run.save_checkpoint(run.global_step, run._whole_state(iteration), iteration in snapshots)
             if iteration in evaluations:  # with the checkpoints saved: what only looks at an agent can't cost them
                 for run in training:
                     run.evaluate()
-            if interrupted:
-                for run in training:
-                    run.exit_code = interrupted.exit_code
+            for run in collapsed if iteration < last else ():
+                run.end_on_collapse()
+            if interrupted or len(collapsed) == len(training):
+                for s in self.training:
+                    self.runs[s].exit_code = interrupted.exit_code
                 return
 
     def close(self):
         """Close those that are training; returns the exit code of the process."""
-        training = [self.runs[s] for s in self.training]
-        exit_codes = {run.close() for run in training}
-        return min(exit_codes - {0}, default=int(len(training) < len(self.runs)))
+        exit_codes = {self.runs[s].close() for s in self.training}
+        ended = max((run.exit_code for run in self.runs if run.ended), default=0)
+        return min(exit_codes - {0}, default=ended)

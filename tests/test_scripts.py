@@ -45,7 +45,16 @@ DIAGNOSTICS = (
         f"representation/{when}/{network}/{name}"
         for when in ("before", "after")
         for network in NETWORKS
-        for name in [*RANKS, *NORMS, *SIGMAS, "dead_units", "dormant_fraction", "feature_mean", "feature_std"]
+        for name in [
+            *RANKS,
+            *NORMS,
+            *SIGMAS,
+            "dead_units",
+            "dead_fraction",
+            "dormant_fraction",
+            "feature_mean",
+            "feature_std",
+        ]
     ]
     + [f"representation/delta/{network}/{name}" for network in NETWORKS for name in [*RANKS, *NORMS, "dead_units"]]
     + [
@@ -63,6 +72,7 @@ DIAGNOSTICS = (
         for distance in ("l2", "cosine")
     ]
     + [f"optim/{network}/{name}" for network in NETWORKS for name in ("grad_norm", "update_norm", "weight_norm")]
+    + [f"alarm/{name}" for name in ("ratios", "norm", "units", "rank", "entropy", "return")]
     + ["time/rollout", "time/update", "time/diagnostics"]
 )
 # Absent from an iteration in which no ratio lies there, or no game ended.
