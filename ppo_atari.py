@@ -28,8 +28,8 @@ from common.evaluation import play
 from common.feature_rank import deltas, layer_measures, policy_variance
 from common.replay import compiled
 from common.run import Run, find_checkpoint, parse_args, prepare, random_states, restore
-from common.trust_region import categorical_kl, feature_drifts, ratio_stats
-from common.update_stats import flat_weights, kl_of_last_epoch, of_update_phase, of_weights, to_be_finite
+from common.trust_region import categorical_kl, feature_drifts, of_logits, ratio_stats
+from common.update_stats import UpdatePhase, kl_of_last_epoch, of_update_phase, to_be_finite
 
 
 @dataclass
@@ -414,6 +414,7 @@ def diagnose(before, after, actions, args):
     logratio = (new_logits.log_softmax(1) - logits.log_softmax(1)).gather(1, actions.unsqueeze(1)).squeeze(1)
     tags.update({f"trust_region/{name}": x for name, x in ratio_stats(logratio, args.clip_coef).items()})
     tags["trust_region/kl"] = categorical_kl(logits, new_logits).mean()
+    tags |= of_logits(logits, new_logits)
     for name in ("actor", "critic"):
         drifts = feature_drifts(before[name], after[name])
         tags.update({f"trust_region/{name}_{measure}": x for measure, x in drifts.items()})
@@ -503,17 +504,16 @@ if __name__ == "__main__":
             optimizer.param_groups[0]["lr"] = learning_rate(iteration, args)
             if args.reset_optimizer:
                 optimizer.state.clear()
-        if run.diagnosed:
-            weights = {name: flat_weights(network) for name, network in agent.networks().items()}
-            if args.precision == "bfloat16":  # whose rounding would pass for directions of features
-                with torch.no_grad():
-                    before = dict(zip(("actor", "critic"), agent(batch["obs"], True), strict=True))
+        if run.diagnosed and args.precision == "bfloat16":  # whose rounding would pass for directions of features
+            with torch.no_grad():
+                before = dict(zip(("actor", "critic"), agent(batch["obs"], True), strict=True))
         order = torch.cat([torch.randperm(B, device=device) for _ in range(args.update_epochs)])
         order = order.split(args.minibatch_size)
-        logged = []
-        for mb_inds in order:
+        logged, phase = [], UpdatePhase(agent, batch, len(order), categorical_kl, run.diagnosed)
+        for k, mb_inds in enumerate(order):
             mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}
-            stats = update(agent, losses, optimizers, mb, kl_coef, args)
+            with phase.step(k, mb["advantages"]):
+                stats = update(agent, losses, optimizers, mb, kl_coef, args)
             logged.append(torch.stack(list(stats.values())))
             if args.target_kl and stats["kl"].item() > args.target_kl:
                 break
@@ -533,7 +533,7 @@ if __name__ == "__main__":
             with torch.no_grad():
                 after = dict(zip(("actor", "critic"), agent(batch["obs"], True), strict=True))
             run.scalars |= diagnose(before, after, batch["actions"], args)
-            run.scalars |= of_weights(agent.networks(), weights, logged)
+            run.scalars |= phase.measures(logged, before, after, args.activation, run.untrained)
             del after
             run.lap("diagnostics")
         del actor, critic, before, batch, transitions

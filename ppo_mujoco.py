@@ -41,15 +41,8 @@ from common.evaluation import can_render, play
 from common.feature_rank import deltas, layer_measures, policy_variance
 from common.replay import Differentiate, Replay, compiled
 from common.run import Run, Runs, check_shapes, find_checkpoints, parse_args, prepare, random_states, restore
-from common.trust_region import feature_drifts, normal_kl, ratio_stats
-from common.update_stats import (
-    flat_weights,
-    kl_of_last_epoch,
-    numbers_of_each,
-    of_update_phase,
-    of_weights,
-    to_be_finite,
-)
+from common.trust_region import feature_drifts, normal_kl, of_normals, ratio_stats
+from common.update_stats import kl_of_last_epoch, numbers_of_each, of_update_phase, phases_of, steps, to_be_finite
 
 
 @dataclass
@@ -305,6 +298,11 @@ def loc_and_scale(output):
     """Parameters of the normal under the tanh, (…, A) each, from the actor's output (…, 2A)."""
     loc, raw = output.chunk(2, dim=-1)
     return loc, F.softplus(raw + math.log(math.expm1(0.99))) + 0.01  # raw 0 is scale 1
+
+
+def policy_kl(output, other):
+    """KL divergence (N,) of the policies with these outputs of the actor, (N, 2A) each."""
+    return normal_kl(*loc_and_scale(output), *loc_and_scale(other))
 
 
 def squash(z):
@@ -662,6 +660,7 @@ def diagnose(before, after, z, noise, half_width, args):
     logratio = normal_log_prob(z, new_loc, new_scale) - normal_log_prob(z, loc, scale)
     tags.update({f"trust_region/{name}": x for name, x in ratio_stats(logratio, args.clip_coef).items()})
     tags["trust_region/kl"] = normal_kl(loc, scale, new_loc, new_scale).mean()
+    tags |= of_normals((loc, scale), (new_loc, new_scale))
     for name in ("actor", "critic"):
         drifts = feature_drifts(before[name], after[name])
         tags.update({f"trust_region/{name}_{measure}": x for measure, x in drifts.items()})
@@ -795,16 +794,16 @@ if __name__ == "__main__":
             optimizer.param_groups[0]["lr"] = learning_rate(iteration, args)
             if args.reset_optimizer:
                 optimizer.state.clear()
-        if runs.diagnosed:
-            weights = [{name: flat_weights(network) for name, network in agent.networks().items()} for agent in agents]
         num_updates = args.update_epochs * (B // args.minibatch_size)
+        phases = phases_of(together, batch, num_updates, policy_kl, runs.diagnosed)
         learning, logged = set(runs.training), [[] for _ in range(S)]
         for k, mb in enumerate(shuffled(batch, args.update_epochs, args.minibatch_size, generators, learning)):
             # Logged are the first and the last minibatch, and the KL of each where something hangs on it.
             at_an_end = k in (0, num_updates - 1)
             everything = at_an_end or bool(args.kl_coef or args.target_kl)
-            grad, stats = differentiate(mb, kl_coef, everything, plain=at_an_end, checked=k == 1, trial=trial)
-            take_step(grad, learning)
+            with steps(phases, k, mb["advantages"], learning):
+                grad, stats = differentiate(mb, kl_coef, everything, plain=at_an_end, checked=k == 1, trial=trial)
+                take_step(grad, learning)
             for s in learning:
                 logged[s].append(stats)
             if args.target_kl:
@@ -838,7 +837,8 @@ if __name__ == "__main__":
                 with torch.no_grad():
                     after = dict(zip(("actor", "critic"), agents[s](batch["obs"][s], True), strict=True))
                 runs[s].scalars |= diagnose(before[s], after, z[s], by_seed(noise, S)[s], agents[s].half_width, args)
-                runs[s].scalars |= of_weights(agents[s].networks(), weights[s], logged[s])
+                measures = phases[s].measures(logged[s], before[s], after, args.activation, runs[s].untrained)
+                runs[s].scalars |= measures
             runs.lap("diagnostics")
         del outputs, before, batch, transitions
 

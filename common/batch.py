@@ -41,6 +41,7 @@ class Batch:
             for s, module in enumerate(modules):
                 module.get_buffer(name).data = x[s]
         self.batched = len(modules) > 1
+        self.gradient = None  # like rows: that of the last step of its Optimizers
 
     def flat(self, tensors):
         """Tensors (S, …), one for each parameter, as one like ``rows``."""
@@ -53,6 +54,10 @@ class Batch:
         """The views (S, …) of a tensor like ``rows`` that belong to each parameter."""
         parts = x.split([n for size, gap in zip(self.sizes, self.gaps, strict=True) for n in (size, gap)], dim=1)[::2]
         return [part.unflatten(1, p.shape) for part, p in zip(parts, self.parameters[0], strict=True)]
+
+    def last_gradients(self, s):
+        """Those of module s at the last step of its Optimizers, in the order of its parameters."""
+        return [x[s] for x in self.pieces(self.gradient)]
 
     def columns(self, parts):
         """The columns of ``rows`` of each of ``parts(module)``, which are all of the module, one after the other."""
@@ -148,6 +153,7 @@ class Optimizers:
     @torch.no_grad()
     def step(self, grad, learning):
         """grad: like the batch's rows; learning: the modules that take the step, as indices."""
+        self.batch.gradient = grad
         settings = self._settings()
         if settings is None or not all(self._adopt(s) for s in learning):
             pieces = self.batch.pieces(grad)

@@ -37,6 +37,97 @@ def layer_measures(network, activation):
     }
 
 
+def split_layers(all_preactivations, shapes):
+    """The pre-activations of each hidden layer, its samples in rows and its units in columns.
+
+    Args:
+        all_preactivations: (N, all units) of a network, its layers one after the other.
+        shapes: of each layer's output for one sample, (units,) or (channels, height, width).
+
+    Returns a list of (N, units), and of (N · height · width, channels), whose unit is the channel: all positions have
+    its weights. The list is empty where the shapes are not those of the columns, as in a network with other layers.
+    """
+    if sum(map(math.prod, shapes)) != all_preactivations.shape[1]:
+        return []
+    parts = all_preactivations.split([math.prod(shape) for shape in shapes], dim=1)
+    return [
+        x.unflatten(1, (shape[0], -1)).transpose(1, 2).flatten(0, 1) for x, shape in zip(parts, shapes, strict=True)
+    ]
+
+
+def measures_by_layer(all_preactivations, shapes, activation):
+    """Which layer died: measures of each hidden layer, by `layer{k}/{measure}`, k from 1, and `activation_balance`.
+
+    Args:
+        all_preactivations, shapes: as for `split_layers`.
+        activation: as for `dead_units`.
+
+    Returns a dict of 0-dim float64 tensors: dead_units and dormant_fraction of the layer's output, preactivation_norm,
+    with Tanh saturated_fraction, the share of outputs beyond ±0.99, and activation_balance, the mean over layers.
+    """
+    function, layers = getattr(torch.nn, activation)(), split_layers(all_preactivations, shapes)
+    measures, balances = {}, []
+    columns = all_preactivations.split([math.prod(shape) for shape in shapes], dim=1) if layers else []
+    for k, (units, whole) in enumerate(zip(layers, columns, strict=True), 1):
+        features = function(units)
+        measures[f"layer{k}/dead_units"] = dead_units(features, activation)
+        measures[f"layer{k}/dormant_fraction"] = dormant_fraction(features)
+        measures[f"layer{k}/preactivation_norm"] = mean_norm(whole)
+        if activation == "Tanh":
+            measures[f"layer{k}/saturated_fraction"] = saturated_fraction(features)
+        balances.append(activation_balance(whole))
+    return measures | ({"activation_balance": torch.stack(balances).mean()} if balances else {})
+
+
+def saturated_fraction(features):
+    """Share of the outputs of a Tanh, (N, D) floating point, beyond ±0.99, where its slope is under 2 %.
+
+    Returns a 0-dim float64 tensor in [0, 1], NaN for empty or non-finite features. Raises ValueError if `features` is
+    not 2-D or not floating point.
+    """
+    x = _check(features)
+    return _nan(x) if _undefined(x) else (x.abs() > 0.99).double().mean()
+
+
+def activation_balance(preactivations, samples=256):
+    """OUI of a layer: how differently two samples switch its units on (Fernández-Hernández et al. 2025, arXiv
+    2504.17160; arXiv 2603.09950 reads it at 10 % of a PPO run).
+
+    A unit is on where its pre-activation is above 0. OUI is twice the mean over pairs of samples of min(d, 1/2), d the
+    share of units that are on for one of the two alone: 0 for a layer that is linear on these samples, 1 where each
+    pair differs in half of the units or more.
+
+    Args:
+        preactivations: (N, D), floating point; for a convolution, D are its channels at all positions.
+        samples: at most so many are compared, evenly spaced among the N.
+
+    Returns a 0-dim float64 tensor in [0, 1], NaN if the pre-activations are empty or not finite, or N = 1. Raises
+    ValueError if they are not 2-D or not floating point.
+    """
+    x = _check(preactivations)
+    if len(x) > samples:
+        x = x[torch.linspace(0, len(x) - 1, samples).long().to(x.device)]
+    if _undefined(x) or len(x) < 2:
+        return _nan(x)
+    on = (x > 0).float()  # sums of up to 2²⁴ ones are exact
+    active = on.sum(dim=1)
+    apart = (active.unsqueeze(0) + active.unsqueeze(1) - 2 * on @ on.T).double() / x.shape[1]
+    return 2 * apart.clamp(max=0.5).sum() / (len(x) * (len(x) - 1))  # the diagonal is 0
+
+
+def gradient_dormant_fraction(gradient, tau=0.01):
+    """GraMa: share of units whose incoming weights have next to no gradient (Liu et al. 2025, arXiv 2505.24061).
+
+    Args:
+        gradient: (D, …) of a layer's weights, floating point: a row for each of its D units.
+        tau: a unit is dormant if the mean absolute gradient of its weights is at most `tau` times the layer's.
+
+    Returns a 0-dim float64 tensor in [0, 1]: 1 for a gradient of 0, NaN for one that is empty or not finite.
+    """
+    x = _check(gradient.flatten(1))
+    return dormant_fraction(x.T, tau)
+
+
 def deltas(tags):
     """How far an update phase moved ranks, dead units, norms and the policy's variance: after minus before, by tag."""
     moved = [x for x in tags if x.endswith(("rank", "dead_units", "norm", "policy_variance")) and "/after/" in x]

@@ -679,6 +679,20 @@ class Run:
         # Cloned: training goes on in the tensors, and one may be a part of a larger one, which would be saved whole.
         return tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, {**self.state(), **counters, **returns})
 
+    def find_untrained(self):
+        """Save a new run's checkpoint 0; its weights stay as ``untrained``, None where a resumed run has lost it."""
+        if not self.done:
+            state = self._whole_state(0)
+            self.save_checkpoint(0, state)
+        else:
+            try:
+                state = load_checkpoint(self.folder / "checkpoints" / "0.pt")
+                check_like("agent", state["agent"], self.state()["agent"])
+            except BadCheckpoint as error:
+                self.say(f"optim/*/init_distance is not logged: checkpoints/0.pt can't be read, {error}")
+                state = {"agent": None}
+        self.untrained = state["agent"]
+
     def lap(self, name):
         """Log the time since the last lap as ``time/{name}``, in seconds, where the iteration is diagnosed."""
         now = time.time()
@@ -891,8 +905,7 @@ class Runs:
         checkpoints = milestones(last, args["checkpoint_interval"]) | snapshots
         evaluations = milestones(last, args["eval_interval"] or 1) if args["eval_episodes"] else set()
         for run in self.runs:
-            if not run.done:
-                run.save_checkpoint(0, run._whole_state(0))
+            run.find_untrained()
         interrupted = StopRequest()
         start_time = time.time()
         for iteration in range(self.first, last + 1):

@@ -25,6 +25,7 @@ def ratio_stats(logratio, clip_coef):
         ratio_below_mean, …: the same over the samples with r < 1 − ε (figures 3 and 4: the mean)
         fraction_above, fraction_below: share of all samples
         excess_ratio: ratio_above_mean / ratio_below_mean (figure 6)
+        ratio_deviation: mean of |r − 1|, an estimate of twice the total variation (SPO, Xie et al. 2024)
         kl_k1, kl_k3: means of −log r and (r − 1) − log r, estimates of KL(π_before ‖ π_after) for actions sampled from
             π_before (Schulman 2020, "Approximating KL divergence")
     What doesn't exist has no key: a group without samples, the std of a single sample, excess_ratio unless both groups
@@ -36,7 +37,7 @@ def ratio_stats(logratio, clip_coef):
         return {}
     if logratio.isnan().any():
         keys = [f"{group}_{stat}" for group in _GROUPS for stat in ("mean", "std", "min", "max")]
-        keys += ["fraction_above", "fraction_below", "excess_ratio", "kl_k1", "kl_k3"]
+        keys += ["fraction_above", "fraction_below", "excess_ratio", "ratio_deviation", "kl_k1", "kl_k3"]
         return {key: _nan(logratio) for key in keys}
     ratio = logratio.exp()
     above, below = ratio > 1 + clip_coef, ratio < 1 - clip_coef
@@ -54,6 +55,7 @@ def ratio_stats(logratio, clip_coef):
     stats["fraction_below"] = below.double().mean()
     if "ratio_above_mean" in stats and "ratio_below_mean" in stats:
         stats["excess_ratio"] = stats["ratio_above_mean"] / stats["ratio_below_mean"]
+    stats["ratio_deviation"] = ratio.where(ratio.isinf(), logratio.expm1()).abs().mean()
     stats["kl_k1"] = -logratio.mean()
     # expm1 keeps the digits that r − 1 loses for r near 1; an infinite r wins over log r, however large that is.
     stats["kl_k3"] = ratio.where(ratio.isinf(), logratio.expm1() - logratio).mean()
@@ -91,6 +93,41 @@ def feature_drifts(before, after):
     layers = ("features", "preactivations", "all_preactivations")
     drifts = {layer[:-1]: feature_drift(getattr(before, layer), getattr(after, layer)) for layer in layers}
     return {f"{layer}_{name}": x for layer, drift in drifts.items() for name, x in drift.items()}
+
+
+def of_logits(before, after):
+    """What a categorical policy puts out at the two ends of an update phase, by tag, 0-dim float64 tensors.
+
+    Args:
+        before, after: logits (N, A) each, floating point.
+
+    `policy/logit_norm`: mean over samples of the L2 norm of the logits after, less their mean, which no probability
+    depends on. `churn/policy_greedy`: share of samples whose most probable action is another (Schaul et al. 2022, "The
+    phenomenon of policy churn"). Raises ValueError if the shapes differ.
+    """
+    _check_shapes(before, after)
+    before, after = _prepare(before), _prepare(after)
+    centred = after.double() - after.double().mean(dim=1, keepdim=True)
+    changed = before.argmax(dim=1) != after.argmax(dim=1)
+    return {"policy/logit_norm": centred.norm(dim=1).mean(), "churn/policy_greedy": changed.double().mean()}
+
+
+def of_normals(before, after):
+    """What a normal policy puts out at the two ends of an update phase, by tag, 0-dim float64 tensors.
+
+    Args:
+        before, after: loc and scale, (N, A) each, floating point.
+
+    `policy/loc_abs_mean` and `policy/scale_mean`: over samples and dimensions, after. `churn/policy_loc`: mean squared
+    change of loc, the greedy action before the tanh (after Schaul et al. 2022). Raises ValueError if shapes differ.
+    """
+    _check_shapes(*before, *after)
+    loc, (new_loc, new_scale) = _prepare(before[0]), map(_prepare, after)
+    return {
+        "policy/loc_abs_mean": new_loc.double().abs().mean(),
+        "policy/scale_mean": new_scale.double().mean(),
+        "churn/policy_loc": (new_loc.double() - loc.double()).square().mean(),
+    }
 
 
 def categorical_kl(logits_p, logits_q):

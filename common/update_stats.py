@@ -1,7 +1,14 @@
 """What an update phase did, by the tag under which it is logged: losses over its minibatches, weights, gradients."""
 
+import contextlib
+from functools import partial
+
 import numpy as np
 import torch
+
+from common.feature_rank import gradient_dormant_fraction, measures_by_layer
+
+REFERENCE = 256  # samples on which churn is measured
 
 
 def of_update_phase(logged, num_updates, kl_coef):
@@ -34,19 +41,126 @@ def flat_weights(network):
     return torch.cat([p.detach().flatten() for p in network.parameters()])
 
 
-def of_weights(networks, before, logged):
-    """Gradients and weights of ``networks``, modules by name, by tag: floats, L2 norms.
+def layers_of(network):
+    """The layers with weights of a network, in order: the hidden ones, and the output's last."""
+    return [x for x in network.modules() if isinstance(x, torch.nn.Linear | torch.nn.Conv2d)]
 
-    before: the ``flat_weights`` of each before the update phase. logged: as for ``of_update_phase``; the gradient norm
-    is that before clipping, the mean over the minibatches.
+
+class UpdatePhase:
+    """What is measured of an update phase by an agent's weights, and of its first and its last gradient step.
+
+    Nothing is, and nothing computed, unless ``diagnosed``. No weight and no random number changes by it.
+
+    agent: gives, for observations, the outputs of actor and critic, and has ``networks()`` by these names.
+    batch: its ``obs`` (B, …) and ``advantages`` (B,). num_updates: gradient steps that the phase is to have.
+    policy_kl(before, after): KL divergence (N,) of the policies with the actor's outputs (N, …).
+    gradients(): of the agent's parameters in their order, at the last step; by default their ``grad``.
     """
-    tags = {}
-    for name, network in networks.items():
-        weights = flat_weights(network)
-        tags[f"optim/{name}/grad_norm"] = np.mean([of_minibatch[f"{name}_grad_norm"] for of_minibatch in logged])
-        tags[f"optim/{name}/update_norm"] = (weights - before[name]).norm().item()
-        tags[f"optim/{name}/weight_norm"] = weights.norm().item()
-    return tags
+
+    def __init__(self, agent, batch, num_updates, policy_kl, diagnosed, gradients=None):
+        self.agent, self.batch, self.policy_kl = agent, batch, policy_kl
+        self.gradients = gradients or (lambda: [p.grad for p in agent.parameters()])
+        self.ends = {num_updates - 1: "last", 0: "first"} if diagnosed else {}
+        self.churn, self.dormant = {}, {}
+        if diagnosed:
+            networks = agent.networks().items()
+            self.weights = {name: flat_weights(x) for name, x in networks}
+            self.layers = {name: [flat_weights(layer) for layer in layers_of(x)] for name, x in networks}
+
+    @contextlib.contextmanager
+    def step(self, k, advantages):
+        """Encloses gradient step k, from 0, on the minibatch with these ``advantages`` (M,): measures its churn."""
+        end = self.ends.get(k)
+        if end is None:
+            yield
+            return
+        before = self._reference(advantages)
+        yield
+        if before is not None:
+            after = self._reference(advantages)
+            self.churn[f"churn/{end}_step/policy"] = self.policy_kl(before[0], after[0]).mean()
+            self.churn[f"churn/{end}_step/value"] = (after[1] - before[1]).square().mean()
+        if end == "first":
+            gradient_of = dict(zip(map(id, self.agent.parameters()), self.gradients(), strict=True))
+            for name, network in self.agent.networks().items():
+                for i, layer in enumerate(layers_of(network)[:-1], 1):
+                    dormant = gradient_dormant_fraction(gradient_of[id(layer.weight)])
+                    self.dormant[f"representation/before/{name}/layer{i}/gradient_dormant_fraction"] = dormant
+
+    @torch.no_grad()
+    def _reference(self, advantages):
+        """The outputs for samples outside the minibatch, which are those with other advantages; None without any."""
+        outside = (~torch.isin(self.batch["advantages"], advantages)).nonzero().squeeze(1)
+        if not len(outside):
+            return None
+        chosen = outside[torch.linspace(0, len(outside) - 1, min(REFERENCE, len(outside))).long().to(outside.device)]
+        return [x.output for x in self.agent(self.batch["obs"][chosen])]
+
+    @torch.no_grad()
+    def measures(self, logged, before, after, activation, initial):
+        """The measures of weights, gradients, churn and single layers by tag, floats.
+
+        logged: as for ``of_update_phase``. before, after: the NetworkOutput of actor and critic, by these names, at the
+        two ends of the phase, with all layers, and the name of their ``activation``. initial: the untrained agent's
+        state_dict, or None where it is not known.
+
+        `optim/{network}/grad_norm`: L2 before clipping, mean over the minibatches; `update_norm`, `weight_norm`: L2.
+        `optim/{network}/layer{k}/relative_update`: ‖ΔW‖ / ‖W‖ with the bias, W before the phase (Lyle et al. 2024).
+        `optim/{network}/init_distance`: ‖θ − θ₀‖ from the untrained weights (Kumar et al. 2023).
+        `optim/{network}/output_weight_norm`: Frobenius norm of the output layer's weights.
+        `churn/{first,last}_step/{policy,value}`: mean KL divergence, and mean squared change of the value, that the
+        step made on samples outside its minibatch (Tang & Berseth 2024, CHAIN; there is no last step where the phase
+        ended early). `representation/…/layer{k}/…`: as `measures_by_layer`, and `gradient_dormant_fraction` of the
+        first minibatch.
+        """
+        tags, shapes = {**self.churn, **self.dormant}, self._shapes()
+        names = {id(p): name for name, p in self.agent.named_parameters()}
+        for name, network in self.agent.networks().items():
+            optim, layers, weights = f"optim/{name}", layers_of(network), flat_weights(network)
+            tags[f"{optim}/grad_norm"] = np.mean([of_minibatch[f"{name}_grad_norm"] for of_minibatch in logged])
+            tags[f"{optim}/update_norm"] = (weights - self.weights[name]).norm()
+            tags[f"{optim}/weight_norm"] = weights.norm()
+            tags[f"{optim}/output_weight_norm"] = layers[-1].weight.norm()
+            for k, (layer, was) in enumerate(zip(layers, self.layers[name], strict=True), 1):
+                tags[f"{optim}/layer{k}/relative_update"] = (flat_weights(layer) - was).norm() / was.norm()
+            if initial is not None:
+                start = torch.cat([initial[names[id(p)]].to(p).flatten() for p in network.parameters()])
+                tags[f"{optim}/init_distance"] = (weights - start).norm()
+            for when, outputs in (("before", before), ("after", after)):
+                of_layers = measures_by_layer(outputs[name].all_preactivations, shapes[name], activation)
+                tags |= {f"representation/{when}/{name}/{measure}": x for measure, x in of_layers.items()}
+        return {tag: float(x) for tag, x in tags.items()}
+
+    def _shapes(self):
+        """Those of the hidden layers' outputs for one observation, by network."""
+        shapes, hooks = {}, []
+        for name, network in self.agent.networks().items():
+            shapes[name] = []
+            for layer in layers_of(network)[:-1]:
+                put = lambda layer, x, y, found=shapes[name]: found.append(tuple(y.shape[1:]))  # noqa: E731
+                hooks.append(layer.register_forward_hook(put))
+        self.agent(self.batch["obs"][:1])
+        for hook in hooks:
+            hook.remove()
+        return shapes
+
+
+def phases_of(agents, batch, num_updates, policy_kl, diagnosed):
+    """The UpdatePhase of each of ``agents``, a Batch of S; ``batch`` holds tensors (S, B, …)."""
+    phases = []
+    for s, agent in enumerate(agents.modules):
+        own = {name: batch[name][s] for name in ("obs", "advantages")}
+        phases.append(UpdatePhase(agent, own, num_updates, policy_kl, diagnosed, partial(agents.last_gradients, s)))
+    return phases
+
+
+@contextlib.contextmanager
+def steps(phases, k, advantages, learning):
+    """Encloses step k of several UpdatePhases, which those in ``learning`` take; ``advantages`` is (S, M)."""
+    with contextlib.ExitStack() as stack:
+        for s in learning if k in phases[0].ends else ():
+            stack.enter_context(phases[s].step(k, advantages[s]))
+        yield
 
 
 def to_be_finite(losses, logged, networks):

@@ -20,6 +20,7 @@ from test_scripts import (
     EVERY_ITERATION,
     ROOT,
     SOMETIMES,
+    diagnostics_of_layers,
     load,
     refusal,
     run_script,
@@ -47,7 +48,9 @@ def finished(tmp_path_factory):
 def test_every_tag_is_logged(finished):
     scalars = scalars_of(finished[1])
     steps = [128 * i for i in range(1, 6)]
-    expected = {tag: steps for tag in EVERY_ITERATION + DIAGNOSTICS} | {tag: [256, 640] for tag in EVALUATION}
+    own = ["policy/loc_abs_mean", "policy/scale_mean", "churn/policy_loc"]
+    own += diagnostics_of_layers(2, "saturated_fraction")
+    expected = {tag: steps for tag in EVERY_ITERATION + DIAGNOSTICS + own} | {tag: [256, 640] for tag in EVALUATION}
     assert {tag: [step for step, _ in scalars[tag]] for tag in expected if tag in scalars} == expected
     assert set(scalars) - set(expected) <= set(SOMETIMES)
     assert [tag for tag, points in scalars.items() if not all(math.isfinite(value) for _, value in points)] == []

@@ -64,7 +64,10 @@ DIAGNOSTICS = (
     ]
     + ["representation/delta/policy_variance"]
     + [f"trust_region/ratio_{name}" for name in STATISTICS]
-    + [f"trust_region/{name}" for name in ("fraction_above", "fraction_below", "kl", "kl_k1", "kl_k3")]
+    + [
+        f"trust_region/{name}"
+        for name in ("fraction_above", "fraction_below", "ratio_deviation", "kl", "kl_k1", "kl_k3")
+    ]
     + [
         f"trust_region/{network}_{layer}_{distance}"
         for network in NETWORKS
@@ -72,9 +75,25 @@ DIAGNOSTICS = (
         for distance in ("l2", "cosine")
     ]
     + [f"optim/{network}/{name}" for network in NETWORKS for name in ("grad_norm", "update_norm", "weight_norm")]
+    + [f"optim/{network}/{name}" for network in NETWORKS for name in ("init_distance", "output_weight_norm")]
+    + [f"churn/{end}_step/{name}" for end in ("first", "last") for name in ("policy", "value")]
+    + [f"representation/{when}/{network}/activation_balance" for when in ("before", "after") for network in NETWORKS]
     + [f"alarm/{name}" for name in ("ratios", "norm", "units", "rank", "entropy", "return")]
     + ["time/rollout", "time/update", "time/diagnostics"]
 )
+
+
+def diagnostics_of_layers(hidden, *of_activation):
+    """The tags of a script with so many hidden layers, whose activation has measures of its own."""
+    measures = ["dead_units", "dormant_fraction", "preactivation_norm", *of_activation]
+    layers = [(network, k) for network in NETWORKS for k in range(1, hidden + 1)]
+    return (
+        [f"representation/{w}/{x}/layer{k}/{y}" for w in ("before", "after") for x, k in layers for y in measures]
+        + [f"representation/before/{x}/layer{k}/gradient_dormant_fraction" for x, k in layers]
+        + [f"optim/{x}/layer{k}/relative_update" for x in NETWORKS for k in range(1, hidden + 2)]
+    )
+
+
 # Absent from an iteration in which no ratio lies there, or no game ended.
 SOMETIMES = (
     [f"trust_region/ratio_{side}_{name}" for side in ("above", "below") for name in STATISTICS]
@@ -135,7 +154,8 @@ def test_every_tag_is_logged(finished):
     script, _, run = finished
     scalars = scalars_of(run)
     steps = [1920 * i for i in range(1, 6)]
-    expected = {tag: steps for tag in EVERY_ITERATION + DIAGNOSTICS} | {tag: [3840, 9600] for tag in EVALUATION}
+    own = ["policy/logit_norm", "churn/policy_greedy", *diagnostics_of_layers(4)]
+    expected = {tag: steps for tag in EVERY_ITERATION + DIAGNOSTICS + own} | {tag: [3840, 9600] for tag in EVALUATION}
     if "pfo" not in script:
         expected = {tag: steps for tag, steps in expected.items() if "pfo" not in tag}
     assert {tag: [step for step, _ in scalars[tag]] for tag in expected if tag in scalars} == expected

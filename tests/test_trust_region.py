@@ -21,6 +21,7 @@ ALL_KEYS = {f"{group}_{stat}" for group in GROUPS for stat in STATS} | {
     "fraction_above",
     "fraction_below",
     "excess_ratio",
+    "ratio_deviation",
     "kl_k1",
     "kl_k3",
 }
