@@ -63,6 +63,7 @@ TAGS = (
     *(f"representation/before/actor/{name}" for name in ("pca_rank", "dead_units", "preactivation_norm")),
     *("representation/after/critic/pca_rank", *PLASTICITY.values()),
     *("representation/before/policy_variance", "representation/after/policy_variance"),
+    *(f"representation/after/{network}/activation_balance" for network in ("actor", "critic")),
 )
 
 PAPER_STEPS = {"Atari": 32_552 * 1024 * 3, "MuJoCo": 2_441 * 2048}  # environment steps of the paper's runs

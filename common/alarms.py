@@ -1,6 +1,6 @@
 """Alarms of a training that collapses, from what it logs of itself: numbers in, alarms out.
 
-The thresholds were chosen on half of the committed runs and judged on the other half by `benchmark/alarms.py`.
+Limits are those that `benchmark/alarms.py` chose on one half of the committed runs; it judged them on the other.
 """
 
 import math
@@ -11,14 +11,15 @@ BEGINNING = 0.03  # share of training whose extremes don't count: untrained netw
 SMOOTHING = 0.005  # share of training over which a moving average forgets all but 1/e
 HELD = 0.01  # share of training for which a condition has to last, and
 OBSERVATIONS = 4  # as many values at least: neither a single one nor a short run says anything
-COLLAPSED = 0.1  # share of training after which return and rank are lost for good
+LOST = 0.5  # share of return, and of rank, without which a run
+COLLAPSED = 0.1  # collapsed, once that has lasted for this share of training
 
 
 class Kind(NamedTuple):
     """What an alarm is about."""
 
     tag: str
-    limit: float  # rings from here on, in what `_severity` says of the alarm
+    limit: float  # rings from here on, in what `severity` says of the alarm
     means: str
 
 
@@ -30,8 +31,8 @@ ALARMS = {
     ),
     "norm": Kind(
         "representation/after/actor/preactivation_norm",
-        10,
-        "the actor's pre-activations grow by orders of magnitude; gradients come to change single outputs a lot (PFO)",
+        8,
+        "the actor's pre-activations keep growing; units saturate or die, and single outputs move far (PFO holds them)",
     ),
     "units": Kind(
         "representation/after/actor/dead_fraction",
@@ -40,18 +41,18 @@ ALARMS = {
     ),
     "rank": Kind(
         "representation/after/actor/pca_rank",
-        0.5,
+        0.3,
         "the actor's features lose dimensions: it tells fewer states apart",
     ),
     "entropy": Kind(
         "representation/after/entropy",
-        10,
+        5,
         "the policy becomes deterministic, and small changes of its output large ratios",
     ),
     "return": Kind(
         "charts/rollout_return",
         0.5,
-        "half of the best return is lost; without an intervention it seldom comes back",
+        "half of the best return is lost; it may come back, unless the rank goes too",
     ),
 }
 DISCRETE_ENTROPY = 0.9  # limit of a categorical's entropy, which ends at 0
@@ -86,6 +87,7 @@ class _Signal:
     high: float = -math.inf
     since: float = math.nan
     values: float = 0.0  # since then
+    worse: float = 0.0  # `severity` at the last value
     rang: float = -1.0  # the step, -1 if it didn't
 
     def take(self, value, share):
@@ -118,9 +120,10 @@ def _power(exponent):
     return 10.0 ** min(exponent, 300.0)
 
 
-def _severity(name, signal):
+def severity(name, signal):
     """What is compared with the limit, and from what to what the tag has gone."""
     first, now, low, high = signal.first, signal.now, signal.low, signal.high
+    lost = high - now if high - now > 3 * signal.spread else 0.0  # more than noise
     if name == "ratios":
         return _power(now), _power(first), _power(now)
     if name == "norm":
@@ -129,11 +132,10 @@ def _severity(name, signal):
     if name == "units":
         return now - low, low, now
     if name == "rank":
-        return (1 - now / high if high > 0 else 0.0), high, now
+        return (lost / high if high > 0 else 0.0), high, now
     if name == "entropy":
         return (first - now) / max(abs(first), 1e-6), first, now
     best = high - min(first, 0.0)  # of returns below 0, what counts is how far they have come
-    lost = high - now if high - now > 3 * signal.spread else 0.0
     return (lost / best if best > 0 else 0.0), high, now
 
 
@@ -144,15 +146,17 @@ class Watch:
     beyond its limit for a while. What is missing or NaN is passed over; an infinity is a very large number.
 
     ratios: the excess ratio is above 10; clipping at ε would hold it at (1 + ε) / (1 − ε).
-    norm: grown to ten times its first value, and still growing.
+    norm: grown to eight times its first value, and still growing.
     units: a twentieth of the layer's units more are dead than when fewest were.
-    rank: half of the largest is lost.
+    rank: three tenths of the largest are lost, and more than noise.
     entropy: a categorical's has lost 0.9 of its first value; that of a density, which has no least value and depends on
-        the unit of the actions, ten times the size of its first.
+        the unit of the actions, five times the size of its first.
     return: half of the largest is lost, counted from the first where that is below 0, and more than noise.
+    limits: others by the names of all alarms.
     """
 
-    def __init__(self):
+    def __init__(self, limits=None):
+        self.limits = limits or {name: kind.limit for name, kind in ALARMS.items()}
         self.signals = {name: _Signal() for name in ALARMS}
         self.share = 0.0
         self.both_since = math.nan  # share of training, return and rank both lost
@@ -167,12 +171,12 @@ class Watch:
             value = min(max(value, -1e13), 1e13)
             signal = self.signals[name]
             signal.take(math.log10(max(value, 1e-13)) if name in ("ratios", "norm") else value, share)
-            severity, was, now = _severity(name, signal)
-            limit = DISCRETE_ENTROPY if name == "entropy" and CATEGORICAL in tags else kind.limit
-            if signal.hold(severity >= limit) >= HELD and signal.rang < 0:
+            signal.worse, was, now = severity(name, signal)
+            limit = DISCRETE_ENTROPY if name == "entropy" and CATEGORICAL in tags else self.limits[name]
+            if signal.hold(signal.worse >= limit) >= HELD and signal.rang < 0:
                 signal.rang = float(step)
                 alarms.append(Alarm(name, step, was, now))
-        lost = all(self.signals[name].values >= OBSERVATIONS for name in ("return", "rank"))
+        lost = all(self.signals[name].worse >= LOST for name in ("return", "rank"))
         if not lost:
             self.both_since = math.nan
         elif math.isnan(self.both_since):
@@ -188,7 +192,7 @@ class Watch:
 
     @property
     def collapsed(self):
-        """Whether return and rank have both been lost for a tenth of training, and so for good."""
+        """Whether half of return and half of rank have been lost for a tenth of training, and so for good."""
         return not math.isnan(self.both_since) and self.share - self.both_since >= COLLAPSED
 
     def state_dict(self):

@@ -6,15 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_run import LongArgs, state
 from test_scripts import scalars_of
 
 from benchmark.logs import read_runs
-from common.alarms import ALARMS, Watch
+from common.alarms import ALARMS, Alarm, Watch
 from common.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +70,7 @@ def test_a_healthy_run_rings_nothing():
 def test_a_collapse_rings_each_alarm_in_its_order():
     alarms, collapsed = feed(Watch(), collapsing)
     assert list(alarms) == ["ratios", "norm", "entropy", "return", "rank", "units"]
-    begin = dict(zip(alarms, (300, 450, 504, 600, 650, 700), strict=True))
+    begin = dict(zip(alarms, (300, 445, 502, 600, 650, 700), strict=True))
     for name, alarm in alarms.items():
         assert 10 <= alarm.step / 2048 - begin[name] <= 25, name  # held for 1 %, behind the moving average
     assert 750 <= collapsed <= 775  # a tenth after the rank
@@ -76,7 +78,7 @@ def test_a_collapse_rings_each_alarm_in_its_order():
 
 def test_an_alarm_says_what_when_and_from_what_to_what():
     alarm = feed(Watch(), collapsing)[0]["rank"]
-    assert alarm.was == pytest.approx(30) and alarm.now < 15
+    assert alarm.was == pytest.approx(30) and alarm.now < 24
     line = str(alarm)
     assert "\n" not in line and f"{alarm.step:,}" in line and TAG["rank"] in line and "30 ->" in line
 
@@ -113,7 +115,7 @@ def test_single_values_ring_nothing():
 
 
 def test_a_norm_that_has_stopped_growing_does_not_ring():
-    assert "norm" not in feed(Watch(), lambda i: {TAG["norm"]: 2 if i == 1 else min(2 + i / 20, 19.9)})[0]
+    assert "norm" not in feed(Watch(), lambda i: {TAG["norm"]: 2 if i == 1 else min(2 + i / 20, 15.9)})[0]
     assert "norm" in feed(Watch(), lambda i: {TAG["norm"]: 2 + i / 20})[0]
 
 
@@ -198,6 +200,7 @@ import runpy, sys
 from common import alarms
 for name in ("return", "rank"):
     alarms.ALARMS[name] = alarms.ALARMS[name]._replace(limit=-1e9)
+alarms.LOST = -1e9
 runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
@@ -247,3 +250,18 @@ def test_a_checkpoint_with_other_alarms_is_refused_in_one_line(tmp_path, monkeyp
         Run(LongArgs(resume="runs/x"), checkpoint=checkpoint)
     assert stop.value.code == 2
     assert "latest.pt: can't be resumed, its alarms have no" in capsys.readouterr().err
+
+
+def test_an_alarm_reaches_console_event_file_and_wandb(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run, alerts = Run(LongArgs()), []
+    run.wandb = SimpleNamespace(alert=lambda title, text: alerts.append((title, text)), finish=lambda exit_code: None)
+    alarm = Alarm("rank", 16, 30.0, 4.0)
+    run.raise_alarm(alarm)
+    assert alerts == [(f"rank: {run.name}", str(alarm))] and str(alarm) in capsys.readouterr().out
+    run.wandb.alert = None  # raises
+    run.raise_alarm(alarm)
+    assert run.wandb is None and "W&B failed and tracks this run no further" in capsys.readouterr().out
+    assert run.close() == 0
+    texts = EventAccumulator(str(run.folder)).Reload().Tensors("alarms/text_summary")
+    assert [x.step for x in texts] == [16, 16] and str(alarm).encode() in texts[0].tensor_proto.string_val[0]

@@ -116,7 +116,7 @@ def test_ratio_stats_partition_the_samples(logratio, clip_coef):
         "ratio_below": [r.item() for r in ratios if r < 1 - clip_coef],
     }
     got = values(ratio_stats(logratio, clip_coef))
-    expected_keys = {"fraction_above", "fraction_below", "kl_k1", "kl_k3"}
+    expected_keys = {"fraction_above", "fraction_below", "ratio_deviation", "kl_k1", "kl_k3"}
     for group, members in groups.items():
         if members:
             expected_keys |= {f"{group}_mean", f"{group}_min", f"{group}_max"}
@@ -182,6 +182,7 @@ def test_identical_policies():
         "fraction_below": 0,
         "kl_k1": 0,
         "kl_k3": 0,
+        "ratio_deviation": 0,
     }
 
 
