@@ -176,7 +176,8 @@ class Watch:
             if signal.hold(signal.worse >= limit) >= HELD and signal.rang < 0:
                 signal.rang = float(step)
                 alarms.append(Alarm(name, step, was, now))
-        lost = all(self.signals[name].worse >= LOST for name in ("return", "rank"))
+        both = self.signals["return"], self.signals["rank"]
+        lost = all(signal.worse >= LOST and signal.values >= OBSERVATIONS for signal in both)
         if not lost:
             self.both_since = math.nan
         elif math.isnan(self.both_since):
@@ -205,9 +206,11 @@ class Watch:
         if not isinstance(state, dict):
             raise ValueError(f"its alarms are a {type(state).__name__}, not a dict")
         for name, numbers in state.items():
-            size = len(fields(_Signal)) if name in ALARMS else 2
-            if not (isinstance(numbers, list) and len(numbers) == size and all(type(x) is float for x in numbers)):
-                raise ValueError(f"its alarms have no {size} numbers of {name}"[:200])
+            size = len(fields(_Signal)) if name in ALARMS else 2 if name == "both" else 0
+            if not (
+                isinstance(numbers, list) and len(numbers) == size and all(type(x) is float for x in numbers) and size
+            ):
+                raise ValueError(f"its alarms have other numbers than those of an alarm: {name}"[:200])
             if name in ALARMS:
                 self.signals[name] = _Signal(*numbers)
             else:

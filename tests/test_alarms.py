@@ -178,7 +178,16 @@ def test_what_comes_back_is_not_collapsed():
 
 @pytest.mark.parametrize(
     "state",
-    [None, 3, {"rank": 1.0}, {"rank": [1.0]}, {"rank": [1] * 10}, {"both": [1.0, "x"]}, {"other": [1.0] * 10}],
+    [
+        None,
+        3,
+        {"rank": 1.0},
+        {"rank": [1.0]},
+        {"rank": [1] * 10},
+        {"both": [1.0, "x"]},
+        {"other": [1.0] * 10},
+        {"other": []},
+    ],
 )
 def test_a_state_that_is_none_is_refused(state):
     with pytest.raises(ValueError, match="alarms"):
@@ -249,7 +258,7 @@ def test_a_checkpoint_with_other_alarms_is_refused_in_one_line(tmp_path, monkeyp
     with pytest.raises(SystemExit) as stop:
         Run(LongArgs(resume="runs/x"), checkpoint=checkpoint)
     assert stop.value.code == 2
-    assert "latest.pt: can't be resumed, its alarms have no" in capsys.readouterr().err
+    assert "latest.pt: can't be resumed, its alarms have other numbers" in capsys.readouterr().err
 
 
 def test_an_alarm_reaches_console_event_file_and_wandb(tmp_path, monkeypatch, capsys):
