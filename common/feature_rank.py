@@ -86,7 +86,7 @@ def saturated_fraction(features):
     not 2-D or not floating point.
     """
     x = _check(features)
-    return _nan(x) if _undefined(x) else (x.abs() > 0.99).double().mean()
+    return _nan(x) if _undefined(x) else (x.abs() > 0.99).sum().double() / x.numel()
 
 
 def activation_balance(preactivations, samples=256):
@@ -111,8 +111,9 @@ def activation_balance(preactivations, samples=256):
         return _nan(x)
     on = (x > 0).float()  # sums of up to 2²⁴ ones are exact
     active = on.sum(dim=1)
-    apart = (active.unsqueeze(0) + active.unsqueeze(1) - 2 * on @ on.T).double() / x.shape[1]
-    return 2 * apart.clamp(max=0.5).sum() / (len(x) * (len(x) - 1))  # the diagonal is 0
+    apart = (active.unsqueeze(0) + active.unsqueeze(1)).addmm_(on, on.T, alpha=-2)  # units; 0 on the diagonal
+    total = apart.clamp_(max=x.shape[1] / 2).sum(dtype=torch.float64)
+    return 2 * total / (x.shape[1] * len(x) * (len(x) - 1))
 
 
 def gradient_dormant_fraction(gradient, tau=0.01):
@@ -292,7 +293,8 @@ def _check(x):
 
 
 def _undefined(x):
-    return x.numel() == 0 or not x.isfinite().all()
+    # In float64, no sum of smaller floats overflows: it is finite if all of them are, and faster than looking at each.
+    return x.numel() == 0 or not (x if x.dtype == torch.float64 else x.sum(dtype=torch.float64)).isfinite().all()
 
 
 def _nan(x):
