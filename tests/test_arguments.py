@@ -32,6 +32,7 @@ WRONG = {
     "wandb_entity": ["", "a/b", "two words"],
     "wandb_mode": ["", "Offline", "disabled"],
     "diagnostics_interval": SIZE,
+    "stop_on": ["", "collapsed", "Collapse"],
     "eval_episodes": [*SIZE, "1025"],
     "eval_interval": SHARE,
     "capture_video": SWITCH,

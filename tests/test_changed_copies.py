@@ -15,7 +15,7 @@ LEFT = "1 - (iteration - 1) / args.num_iterations"
 HIDDEN = "        self.activation = getattr(nn, args.activation)()\n"
 LAYER, FEATURES = "preactivations.append(layer(x))", "x = self.activation(preactivations[-1])"
 LOSS, SUM = "def losses(agent,", "    return a_loss + c_loss, {name"
-MINIBATCH, STEP = "            everything = at_an_end", "            take_step(grad, learning)\n"
+MINIBATCH, STEP = "            at_an_end = k in", "                take_step(grad, learning)\n"
 ADAM = "tuple(torch.optim.Adam(part.parameters(), **adam)"
 
 
