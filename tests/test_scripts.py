@@ -317,7 +317,7 @@ def refusal(monkeypatch, capsys, name, flags):
     with pytest.raises(SystemExit) as stop:
         args = script.parse_args(script.Args)
         script.check_args(args)
-        script.pick_device(args.device)
+        pick_device(args.device)
     assert stop.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("error: ") and printed.err.count("\n") == 1

@@ -1,0 +1,66 @@
+"""benchmark.gpu on a CPU: what it measures there is real, and what fails or finds no time is a row of its own."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_scripts import ROOT
+
+from benchmark import gpu
+
+CPU = torch.device("cpu")
+MUJOCO = ["--num-steps", "32", "--minibatch-size", "32", "--update-epochs", "1", "--obs-norm-steps", "20"]
+
+
+@pytest.fixture
+def report(tmp_path):
+    return gpu.Report(SimpleNamespace(output=tmp_path, seconds=200, iterations=4), CPU)
+
+
+def test_speeds_of_processes_and_seeds_add_up(report):
+    report.add("speed", "one", lambda: gpu.train(report, "ppo_mujoco", MUJOCO))
+    report.add("speed", "several", lambda: gpu.train(report, "ppo_mujoco", [*MUJOCO, "--seeds", "1", "2"], 2))
+    report.add("speed", "failing", lambda: gpu.train(report, "ppo_mujoco", ["--nonsense"]))
+    one, several, failing = report.rows["speed"]
+    assert one["steps/s"] > 0 and several["steps/s"] > 0 and one["update, s"] > 0
+    assert "failed" in failing["result"]
+    assert json.loads((report.args.output / "gpu.json").read_text())["parts"]["speed"][0] == one
+    table = (report.args.output / "gpu.md").read_text()
+    assert "none of these numbers is of a GPU" in table and table.count("\n| ") == 4
+
+
+def test_without_time_nothing_is_started(report):
+    report.end = 0
+    report.add("speed", "late", lambda: gpu.train(report, "ppo_mujoco", MUJOCO))
+    assert report.rows["speed"] == [{"what": "late", "result": "no time for it (0 s left)"}]
+
+
+def test_the_cpu_agrees_with_itself_and_bfloat16_nearly():
+    same, rounded = gpu.agreement(CPU)
+    assert same["loss"] == same["gradient"] == same["worst diagnostic"] == 0
+    assert 0 < rounded["loss"] < 0.01 and 1e-3 < rounded["gradient"] < 0.2
+
+
+def test_a_full_run_is_projected_from_the_best_speed(report):
+    report.rows["speed"] = [{"what": "ppo_pfo_atari, eager", "steps/s": x} for x in (1000.0, 2000.0)]
+    (row,) = gpu.projection(report, [])
+    assert row["hours"] == pytest.approx(100e6 / 6000 / 3600)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--seconds", "1"], "--seconds 1.0: must be at least 10"),
+        (["--device", "tpu"], "--device tpu: must be"),
+        (["--parts", "nothing"], "--parts"),
+        (["--", "--minibatch-size", "100"], "--minibatch-size 100: must divide"),
+    ],
+)
+def test_wrong_flags_are_refused(flags, said, tmp_path):
+    command = [sys.executable, "-m", "benchmark.gpu", "--output", str(tmp_path / "out"), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
