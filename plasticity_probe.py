@@ -307,9 +307,11 @@ def measure(network, obs, activation, device):
         norms.append([len(part) * mean_norm(x).item() for x in (layers.preactivations, layers.all_preactivations)])
     features = torch.cat(features)
     preactivation_norm, all_preactivation_norm = np.sum(norms, axis=0) / len(obs)
+    dead = dead_units(features, activation)
     measures = {
         **feature_ranks(features),
-        "dead_units": dead_units(features, activation),
+        "dead_units": dead,
+        "dead_fraction": dead / features.shape[1],
         "dormant_fraction": dormant_fraction(features),
         **feature_stats(features),
         "preactivation_norm": preactivation_norm,

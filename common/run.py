@@ -342,7 +342,7 @@ def _contradiction(args, checkpoint):
         if name == "total_timesteps" and type(was.get(name)) is int:
             if value < was[name]:
                 return name
-        elif name not in MAY_DIFFER | {"num_iterations"} and (name not in was or was[name] != value):
+        elif name not in MAY_DIFFER | {"num_iterations", "batch_size"} and (name not in was or was[name] != value):
             return name
 
 

@@ -87,6 +87,16 @@ class UpdatePhase:
                     dormant = gradient_dormant_fraction(gradient_of[id(layer.weight)])
                     self.dormant[f"representation/before/{name}/layer{i}/gradient_dormant_fraction"] = dormant
 
+    @contextlib.contextmanager
+    def _only_looking(self):
+        """Layers that learn from what passes through them, as BatchNorm, don't."""
+        was = self.agent.training
+        self.agent.eval()
+        try:
+            yield
+        finally:
+            self.agent.train(was)
+
     @torch.no_grad()
     def _reference(self, advantages):
         """The outputs for samples outside the minibatch, which are those with other advantages; None without any."""
@@ -94,7 +104,8 @@ class UpdatePhase:
         if not len(outside):
             return None
         chosen = outside[torch.linspace(0, len(outside) - 1, min(REFERENCE, len(outside))).long().to(outside.device)]
-        return [x.output for x in self.agent(self.batch["obs"][chosen])]
+        with self._only_looking():
+            return [x.output for x in self.agent(self.batch["obs"][chosen])]
 
     @torch.no_grad()
     def measures(self, logged, before, after, activation, initial):
@@ -139,7 +150,8 @@ class UpdatePhase:
             for layer in layers_of(network)[:-1]:
                 put = lambda layer, x, y, found=shapes[name]: found.append(tuple(y.shape[1:]))  # noqa: E731
                 hooks.append(layer.register_forward_hook(put))
-        self.agent(self.batch["obs"][:1])
+        with self._only_looking():
+            self.agent(self.batch["obs"][:1])
         for hook in hooks:
             hook.remove()
         return shapes

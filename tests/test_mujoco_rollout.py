@@ -16,7 +16,7 @@ script = importlib.import_module("ppo_mujoco")
 
 def ignorant(obs, noise):
     """Actions of a policy that ignores what it sees."""
-    return script.sample(torch.zeros(len(obs), 2 * noise.shape[1]), noise)
+    return (script.sample(torch.zeros(len(obs), 2 * noise.shape[1]), noise),)
 
 
 def no_normalizer(obs_dim, time_limit=1000):
@@ -101,7 +101,7 @@ def test_actions_fill_the_box_and_stay_in_it():
     loc = torch.tensor([[-50.0, 0.0, 50.0], [0.2, -1.0, 0.0]])
 
     def act(obs, noise):
-        return script.sample(torch.cat([loc, loc * 0], dim=1), noise)
+        return (script.sample(torch.cat([loc, loc * 0], dim=1), noise),)
 
     noise = torch.randn((200, 2, 3), generator=torch.Generator().manual_seed(0))
     obs = torch.zeros((201, 2, 4))

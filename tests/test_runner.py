@@ -413,7 +413,7 @@ def test_a_failed_run_goes_on_from_its_checkpoint(tmp_path):
     A third one does nothing but tell what it was given.
     """
     kill = "iteration == 3: os.kill(os.getpid(), 9)"
-    root = copy_repository(tmp_path / "root", once=f"if not done and {kill}", always=f"if {kill}")
+    root = copy_repository(tmp_path / "root", once=f"if runs.first == 1 and {kill}", always=f"if {kill}")
     (root / "told.py").write_text("import json, os; json.dump(dict(os.environ), open('told.json', 'w'))\n")
     commands = ["python once.py", "python always.py", "python told.py"]
     options = ["--commands", *commands, "--seeds", "1", "--retries", "1", "--num-cpus", "2", "--wandb-tags", "a", "b"]
