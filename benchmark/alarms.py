@@ -29,9 +29,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 NOT_BLIND = (
-    "The limits alone come from one half. Smoothing, the beginning that is left out, how long a condition has to last, the "
-    "rule for ties and the candidates for *rank* were set with all of these runs in view, so that what is judged here is "
-    "somewhat better than what a new study would see."
+    "The limits alone come from one half. Smoothing, the beginning that is left out, how long a condition has to last, "
+    "the rule for ties and the candidates for *rank* were set with all of these runs in view, so that what is judged "
+    "here is somewhat better than what a new study would see."
 )
 HORIZONS = (0.05, 0.1, 0.2)  # shares of training: 0.25, 0.5 and 1 M of 5 M steps
 UNITS = {"MuJoCo": 64, "Atari": 512}  # of the last hidden layer, where a run doesn't say
