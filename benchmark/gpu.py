@@ -11,6 +11,7 @@ two are diagnosed, which a full run does in one iteration of 33. Without a GPU i
 
 import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -127,9 +128,20 @@ def driver():
     return smi("driver_version")
 
 
+def verdicts_in(said):
+    """The verdicts and the names of tests in what ``pytest -v`` printed, with pytest-xdist or without."""
+    kinds = "PASSED|FAILED|ERROR|SKIPPED|XFAIL"
+    spread = re.findall(rf"^\[gw\d+\] \[ *\d+%\] ({kinds}) (tests/.*\S)", said, re.MULTILINE)
+    alone = re.findall(rf"^(tests/\S*::.*?) ({kinds})\b.*\[ *\d+%\]$", said, re.MULTILINE)
+    return spread + [(kind, name) for name, kind in alone]
+
+
 def tests(report):
     """The verdicts of the tests that need a GPU; on a CPU each is skipped. Those not reached in time have none."""
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", "(cuda or mps) and not refused"]
+    # pyproject.toml's options ask for pytest-xdist, which such a machine may lack.
+    workers = ["-n", "auto", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-v", "-o", "addopts=", *workers, "-p", "no:cacheprovider"]
+    command += ["-k", "(cuda or mps) and not refused"]
     with tempfile.TemporaryFile("w+") as log:
         options = {"stdout": log, "stderr": log, "start_new_session": True}
         process = subprocess.Popen([*command, "tests"], cwd=ROOT, **options)
@@ -144,7 +156,7 @@ def tests(report):
             process.wait()
         log.seek(0)
         said, verdicts = log.read(), {}
-        for kind, name in re.findall(r"\] (PASSED|FAILED|ERROR|SKIPPED|XFAIL) (tests/.*\S)", said):
+        for kind, name in verdicts_in(said):
             verdicts.setdefault(kind.lower(), []).append(name)
         if not end and (not verdicts or process.returncode > 1):
             end = [{"result": one_line(f"failed: {said.strip()[-300:] or process.returncode}")}]
@@ -254,8 +266,6 @@ def train(report, script, flags, processes=1):
 
 def arguments(script, flags):
     """The checked arguments of a script with these flags."""
-    import importlib
-
     module, argv = importlib.import_module(script), sys.argv
     sys.argv = [f"{script}.py", *flags]
     try:
@@ -308,11 +318,12 @@ def speed(report, passed):
     modes = {"eager, float32": [], "eager, bfloat16": ["--precision", "bfloat16"], "compiled, float32": ["--compile"]}
     modes["compiled, bfloat16"] = ["--compile", "--precision", "bfloat16"]
     for mode, flags in modes.items():
+        if mode == "compiled, float32":  # compiling takes longest: what needs none comes first
+            for seeds in (1, 5, 32):
+                several = [*passed, "--seeds", *map(str, range(1, seeds + 1))]
+                report.add("speed", f"ppo_mujoco, {seeds} seeds", lambda f=several: train(report, "ppo_mujoco", f))
         for script in ATARI:
             report.add("speed", f"{script}, {mode}", lambda s=script, f=flags: train(report, s, [*passed, *f]))
-    for seeds in (1, 5, 32):
-        flags = [*passed, "--seeds", *map(str, range(1, seeds + 1))]
-        report.add("speed", f"ppo_mujoco, {seeds} seeds", lambda f=flags: train(report, "ppo_mujoco", f))
 
 
 def sharing(report, passed):

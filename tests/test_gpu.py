@@ -44,6 +44,19 @@ def test_the_cpu_agrees_with_itself_and_bfloat16_nearly():
     assert 0 < rounded["loss"] < 0.01 and 1e-3 < rounded["gradient"] < 0.2
 
 
+@pytest.mark.parametrize("flags", [["-n", "1"], ["-p", "no:xdist"]], ids=["with_xdist", "without_xdist"])
+def test_verdicts_are_read_from_what_pytest_prints(flags, tmp_path):
+    (tmp_path / "tests").mkdir()
+    lines = ["import pytest", "def test_good(): pass", "def test_bad(): assert False"]
+    lines += ["@pytest.mark.skip(reason='says FAILED')", "@pytest.mark.parametrize('x', ['a b'])"]
+    lines += ["def test_not(x): pass"]
+    (tmp_path / "tests/test_some.py").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *flags, "tests"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100).stdout
+    verdicts = {name.removeprefix("tests/test_some.py::"): kind for kind, name in gpu.verdicts_in(said)}
+    assert verdicts == {"test_good": "PASSED", "test_bad": "FAILED", "test_not[a b]": "SKIPPED"}
+
+
 def test_a_full_run_is_projected_from_the_best_speed(report):
     report.rows["speed"] = [{"what": "ppo_pfo_atari, eager", "steps/s": x} for x in (1000.0, 2000.0)]
     (row,) = gpu.projection(report, [])
