@@ -6,6 +6,7 @@ import copy
 import ctypes
 import dataclasses
 import difflib
+import functools
 import inspect
 import io
 import itertools
@@ -135,12 +136,15 @@ def parse(args_class, default=None):
 
     Comments of one line between its fields (``# Logging``) are the groups of ``--help``.
     """
-    groups, printed = _groups(args_class), io.StringIO()
+    whole, groups = _grouped(args_class)
+    printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
             if not groups:
                 return tyro.cli(args_class, default=default)
-            whole, default = _grouped(args_class, groups, default)
+            if default is not None:
+                of_groups = {part: {name: getattr(default, name) for name in texts} for part, texts in groups.items()}
+                default = whole(**{part: whole.parts[part](**values) for part, values in of_groups.items()})
             parts = tyro.cli(whole, default=default)
             values = {name: x for part in groups for name, x in vars(getattr(parts, part)).items()}
             return args_class(**values)
@@ -181,21 +185,28 @@ def _groups(args_class):
     return groups if complete and len(groups) > 1 else {}
 
 
-def _grouped(args_class, groups, default):
-    """The same flags as a dataclass of dataclasses, as tyro has it for groups, and a default of it."""
-    kinds = typing.get_type_hints(args_class)
+@functools.cache  # since a class that tyro has seen is parsed in a fraction of the time
+def _grouped(args_class):
+    """The same flags as a dataclass of dataclasses, as tyro has it for groups, and the fields of each of its parts."""
+    groups, kinds, parts = _groups(args_class), typing.get_type_hints(args_class), {}
     fields = {field.name: field for field in dataclasses.fields(args_class)}
-    parts, defaults = [], {}
     for group, texts in groups.items():
         options = []
         for name, text in texts.items():
             kind = Annotated[kinds[name], tyro.conf.arg(help=text)]
             options.append((name, kind, dataclasses.field(default=fields[name].default)))
-        part = dataclasses.make_dataclass(group, options)
-        defaults[group] = part(**({name: getattr(default, name) for name in texts} if default else {}))
-        parts.append((group, tyro.conf.OmitArgPrefixes[part], dataclasses.field(default_factory=part)))
-    whole = dataclasses.make_dataclass(args_class.__name__, parts)
-    return whole, whole(**defaults)
+        parts[group] = dataclasses.make_dataclass(group, options)
+    wholes = [
+        (
+            group,
+            Annotated[tyro.conf.OmitArgPrefixes[part], tyro.conf.arg(help="")],
+            dataclasses.field(default_factory=part),
+        )
+        for group, part in parts.items()
+    ]
+    whole = dataclasses.make_dataclass(args_class.__name__, wholes)
+    whole.parts = parts
+    return whole, groups
 
 
 def check_ranges(args):
