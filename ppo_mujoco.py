@@ -837,8 +837,7 @@ if __name__ == "__main__":
                 with torch.no_grad():
                     after = dict(zip(("actor", "critic"), agents[s](batch["obs"][s], True), strict=True))
                 runs[s].scalars |= diagnose(before[s], after, z[s], by_seed(noise, S)[s], agents[s].half_width, args)
-                measures = phases[s].measures(logged[s], before[s], after, args.activation, runs[s].untrained)
-                runs[s].scalars |= measures
+                runs[s].scalars |= phases[s].measures(logged[s], before[s], after, args.activation, runs[s].untrained)
             runs.lap("diagnostics")
         del outputs, before, batch, transitions
 

@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -38,13 +40,12 @@ def small(name, iterations):
     return [*SMALL[name].split(), "--total-timesteps", str(iterations * STEPS[name]), "--diagnostics-interval", "1"]
 
 
-def _main(path, folder, flags, code, environment):
+def _main(path, folder, flags, code, environment, *logs):
     import torch
 
     os.chdir(folder)
-    log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    for number, log in enumerate(logs, 1):  # standard output, standard error
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), number)
     os.environ.update(environment)
     sys.argv = [path, *flags]
     torch.set_num_threads(1)
@@ -53,13 +54,13 @@ def _main(path, folder, flags, code, environment):
 
 
 @contextlib.contextmanager
-def started(name, folder, flags, code="", path=None, **environment):
+def started(name, folder, flags, code="", path=None, logs=("log", "log"), **environment):
     """The process of a kind of run, or of the script ``path``; its output is in ``folder``/log.
 
-    ``code`` runs in it before the script.
+    ``code`` runs in it before the script. logs: where its two streams go, if elsewhere.
     """
     path = str(path or ROOT / f"{script_of(name)}.py")
-    process = context.Process(target=_main, args=(path, folder, flags, code, environment))
+    process = context.Process(target=_main, args=(path, folder, flags, code, environment, *logs))
     process.start()
     try:
         yield process
@@ -75,6 +76,16 @@ def run(name, folder, flags, code="", path=None, **environment):
         process.join(300)
         assert process.exitcode is not None, "still running"
     return process.exitcode, (folder / "log").read_bytes()[before:].decode()
+
+
+def finished(name, folder, flags, code="", path=None, **environment):
+    """As ``run``, with all that subprocess.run tells of a process, and nothing in ``folder`` but what it wrote."""
+    with tempfile.TemporaryDirectory() as aside:
+        logs = [Path(aside, stream) for stream in ("out", "err")]
+        with started(name, folder, flags, code, path, logs, **environment) as process:
+            process.join(300)
+            assert process.exitcode is not None, "still running"
+        return subprocess.CompletedProcess(flags, process.exitcode, *(log.read_bytes().decode() for log in logs))
 
 
 def wait_for(condition, process, seconds=120):

@@ -2,12 +2,10 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -19,7 +17,6 @@ from benchmark.logs import read_runs
 from common.alarms import ALARMS, Alarm, Watch
 from common.run import Run
 
-ROOT = Path(__file__).resolve().parent.parent
 TAG = {name: kind.tag for name, kind in ALARMS.items()}
 N = 1000  # iterations of the made-up runs
 
@@ -205,19 +202,15 @@ def test_a_state_of_any_floats_raises_nothing_later():
 
 TINY = "--num-steps 64 --obs-norm-steps 50 --update-epochs 1 --total-timesteps 2560 --diagnostics-interval 1"
 LOST = """
-import runpy, sys
 from common import alarms
 for name in ("return", "rank"):
     alarms.ALARMS[name] = alarms.ALARMS[name]._replace(limit=-1e9)
 alarms.LOST = -1e9
-runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
 
-def train(folder, *arguments, lost=True):
-    command = [sys.executable, *(["-c", LOST] if lost else []), str(ROOT / "ppo_mujoco.py"), *TINY.split()]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+def train(folder, *arguments):
+    return forked.finished("ppo_mujoco", folder, [*TINY.split(), *arguments], LOST)
 
 
 def test_a_collapse_ends_a_run_that_is_to_stop_on_it(tmp_path):

@@ -1,31 +1,23 @@
 """What only looks at an agent neither ends a run nor costs a checkpoint."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
+import forked
 import pytest
 import torch
+from forked import ROOT
 from test_scripts import scalars_of
 
-ROOT = Path(__file__).resolve().parent.parent
 ATARI = "--num-envs 2 --num-steps 8 --minibatch-size 16 --update-epochs 1 --total-timesteps 960 --frame-skip 30"
 MUJOCO = "--num-steps 32 --minibatch-size 32 --update-epochs 1 --obs-norm-steps 20 --total-timesteps 128"
 EVALUATE = "--eval-episodes 1 --eval-interval 0.5 --capture-video"
 
 
-def script(folder, path, flags, options=(), **environment):
-    command = [sys.executable, *options, str(path), *flags.split()]
-    return subprocess.run(
-        command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
-    )
-
-
 @pytest.mark.parametrize("name, flags", [("ppo_atari", ATARI), ("ppo_mujoco", f"{MUJOCO} --seeds 1 2")])
 def test_an_encoder_that_fails_costs_the_videos_alone(name, flags, tmp_path):
     # An encoder that is there and does not work
-    done = script(tmp_path, ROOT / f"{name}.py", f"{flags} {EVALUATE}", IMAGEIO_FFMPEG_EXE="/bin/false")
+    done = forked.finished(name, tmp_path, f"{flags} {EVALUATE}".split(), IMAGEIO_FFMPEG_EXE="/bin/false")
     assert done.returncode == 0, done.stderr
     if "can't render here" in done.stdout:
         pytest.skip("MuJoCo can't render here")
@@ -44,7 +36,8 @@ def test_an_evaluation_that_fails_costs_its_numbers_alone(tmp_path):
     broken = source.replace("    logits = agent.policy(x).output\n", "    logits = agent.policy(x).output / (1 // 0)\n")
     (tmp_path / "ablation.py").write_text(broken)
     assert broken != source
-    done = script(tmp_path, "ablation.py", f"{ATARI} --eval-episodes 1", PYTHONPATH=str(ROOT))
+    flags = f"{ATARI} --eval-episodes 1".split()
+    done = forked.finished("ppo_atari", tmp_path, flags, path=tmp_path / "ablation.py")
     assert done.returncode == 0, done.stderr
     assert (
         "evaluation, greedy: failed (ZeroDivisionError: integer division or modulo by zero); it is left out"
@@ -58,7 +51,8 @@ def test_an_evaluation_that_fails_costs_its_numbers_alone(tmp_path):
 @pytest.mark.parametrize("name", ["ppo_atari", "ppo_atari_2models", "ppo_pfo_atari", "ppo_mujoco"])
 def test_scripts_find_common_in_python_s_safe_mode(name, tmp_path):
     """As ``python -P`` and PYTHONSAFEPATH, which leave the script's folder out of where modules are looked for."""
-    done = script(tmp_path, ROOT / f"{name}.py", "--help", options=["-P"])
+    command = [sys.executable, "-P", str(ROOT / f"{name}.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "--env-id" in done.stdout
 
 
@@ -68,7 +62,8 @@ def test_observations_that_are_a_dict_are_refused(tmp_path):
     tasks = '    tasks = [f"{task}-{version}" for task, versions, _ in gym_mujoco_envs for version in versions]\n'
     assert tasks in source
     (tmp_path / "ablation.py").write_text(source.replace(tasks, '    tasks = ["CheetahRun-v1"]\n'))
-    done = script(tmp_path, "ablation.py", f"{MUJOCO} --env-id CheetahRun-v1", PYTHONPATH=str(ROOT))
+    flags = f"{MUJOCO} --env-id CheetahRun-v1".split()
+    done = forked.finished("ppo_mujoco", tmp_path, flags, path=tmp_path / "ablation.py")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert done.stderr.startswith("error: --env-id CheetahRun-v1: its observations must be vectors")
     assert not (tmp_path / "runs").exists()

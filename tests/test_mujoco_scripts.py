@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import partial
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from test_scripts import (
     SOMETIMES,
     diagnostics_of_layers,
     load,
+    newest_run,
     refusal,
     run_script,
     same,
@@ -283,17 +285,13 @@ def test_weights_that_change_behind_a_recording_s_back_end_the_run(seeds, tmp_pa
         "    return sample(agent.policy(obs).output + SHIFT[0], noise)",
     )
     (tmp_path / "my_ablation.py").write_text(source)
-    command = [sys.executable, "my_ablation.py", *TINY, *seeds]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
-    )
+    done = forked.finished("ppo_mujoco", tmp_path, [*TINY, *seeds], path=tmp_path / "my_ablation.py")
     assert done.returncode == 1 and "what changes within a rollout needs --no-record in iteration 3" in done.stderr
     assert done.stderr.count("\n") == len(list((tmp_path / "runs").iterdir())) == (len(seeds) - 1 if seeds else 1)
 
 
 PATCHED = """
-import runpy, sys
-import envpool, numpy as np
+import envpool
 make = envpool.make
 def broken_make(*args, **kwargs):
     envs = make(*args, **kwargs)
@@ -307,17 +305,13 @@ def broken_make(*args, **kwargs):
     envs.step = broken_step
     return envs
 envpool.make = broken_make
-sys.argv = sys.argv[1:]
-sys.path.insert(0, ROOT)
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def run_broken(folder, name, which, row, when, *flags):
     """A run whose simulations return NaN once: result ``which`` (0 observation, 1 reward) of ``row`` at a step."""
     code = PATCHED.replace("WHICH", str(which)).replace("ROW", str(row)).replace("WHEN", str(when))
-    command = [sys.executable, "-c", code.replace("ROOT", repr(str(ROOT))), str(ROOT / f"{name}.py"), *TINY, *flags]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    return forked.finished(name, folder, [*TINY, *flags], code)
 
 
 # 100 iterations of 2 x 16 transitions, after the 61st of which no checkpoint is due
@@ -420,7 +414,11 @@ def test_without_opengl_there_is_one_line_and_no_video(tmp_path):
     code += "    return load(name, *a, **k)\n"
     (tmp_path / "sitecustomize.py").write_text(code + "ctypes.CDLL = CDLL\n")
     flags = [*TINY, "--eval-episodes", "1", "--capture-video"]
-    done, run = run_script("ppo_mujoco", tmp_path, *flags, PYTHONPATH=str(tmp_path), EGL_PLATFORM="none")
+    command = [sys.executable, str(ROOT / "ppo_mujoco.py"), *flags]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "EGL_PLATFORM": "none"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    run = newest_run(tmp_path)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("--capture-video: MuJoCo can't render here") == 1 and done.stderr == ""
     assert not (run / "videos").exists() and load(run / "checkpoints" / "640.pt")
 

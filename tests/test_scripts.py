@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -109,18 +110,14 @@ EVALUATION = [
 
 def run_script(script, folder, *flags, code=0, **environment):
     """Run a script in an empty folder; its finished process, and its run's folder if there is one."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / f"{script}.py"), *flags],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true", **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = forked.finished(script, folder, flags, WANDB_SILENT="true", **environment)
     assert done.returncode == code, done.stdout + done.stderr
+    return done, newest_run(folder)
+
+
+def newest_run(folder):
     runs = sorted((folder / "runs").glob("*")) if (folder / "runs").is_dir() else []
-    return done, runs[-1] if runs else None
+    return runs[-1] if runs else None
 
 
 def scalars_of(run):
@@ -148,8 +145,12 @@ def same(one, other):
 def finished(request, tmp_path_factory):
     """A tiny run of each script with evaluation and video: its name, process, folder."""
     evaluation = ["--eval-episodes", "1", "--eval-interval", "0.5", "--capture-video"]
-    done, run = run_script(request.param, tmp_path_factory.mktemp(request.param), *EVALUATED, *evaluation)
-    return request.param, done, run
+    folder = tmp_path_factory.mktemp(request.param)
+    command = [sys.executable, str(ROOT / f"{request.param}.py"), *EVALUATED, *evaluation]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return request.param, done, newest_run(folder)
 
 
 def test_every_tag_is_logged(finished):
@@ -180,13 +181,13 @@ def test_the_first_minibatch_starts_where_the_rollout_was(finished):
 def test_returns_are_logged_once_a_game(tmp_path):
     """Some games of the real thing: one point each, at the frame in which it ended, and their mean at the iteration."""
     flags = ["--total-timesteps", "9600", "--env-id", "ALE/Breakout-v5", "--diagnostics-interval", "50"]
-    _, run = run_script("ppo_pfo_atari", tmp_path, *TINY[:-4], *flags)
+    _, run = run_script("ppo_pfo_atari", tmp_path, *TINY[:-4], *flags, "--frame-skip", "15")
     scalars = scalars_of(run)
     returns, lengths = scalars["charts/episodic_return"], scalars["charts/episodic_length"]
     assert len(returns) >= 2 and [step for step, _ in returns] == [step for step, _ in lengths]
-    assert all(step % (2 * 3) == 0 for step, _ in returns)
+    assert all(step % (2 * 15) == 0 for step, _ in returns)
     for step, mean in scalars["charts/rollout_return"]:
-        ended = [value for at, value in returns if step - 192 < at <= step]
+        ended = [value for at, value in returns if step - 960 < at <= step]
         assert mean == pytest.approx(sum(ended) / len(ended))
     assert load(run / "checkpoints" / "9600.pt")["episodes"] == len(returns)
 
@@ -433,39 +434,8 @@ def test_runs_on_mps(tmp_path):
     assert load(run / "checkpoints" / "960.pt")["global_step"] == 960
 
 
-def test_compiled_losses_and_policy_agree_with_eager_ones(monkeypatch):
-    script = importlib.import_module("ppo_pfo_atari")
-    monkeypatch.setattr(sys, "argv", ["x", "--compile", "--pfo-layers", "all", "--kl-coef", "1"])
-    args = script.parse_args(script.Args)
-    try:
-        script.check_args(args)
-    except SystemExit:
-        pytest.skip("no C++ compiler here")
-    torch.manual_seed(0)
-    obs = torch.randint(0, 256, (16, 84, 84, 4), dtype=torch.uint8)
-    results = []
-    for compiled in (False, True):
-        torch.manual_seed(1)
-        agent = script.Agent(6, args).to(memory_format=torch.channels_last)
-        mb = {"obs": obs, "actions": torch.arange(16) % 6, "logits": torch.randn(16, 6) / 10}
-        mb |= {name: torch.randn(16) for name in ("values", "advantages", "returns")}
-        with torch.no_grad():
-            policy, value = agent(obs, True)
-        mb["actor_held"] = policy.all_preactivations + 0.1
-        mb["critic_held"] = value.all_preactivations
-        losses = script.compiled(script.losses, torch.device("cpu")) if compiled else script.losses
-        act = script.compiled(agent.policy, torch.device("cpu")) if compiled else agent.policy
-        loss, logged = losses(agent, mb, torch.tensor(1.0), args)
-        loss.backward()
-        grads = torch.cat([p.grad.flatten() for p in agent.parameters()])
-        with torch.no_grad():
-            results.append([loss.detach(), *logged.values(), grads, act(obs[:8]).output])
-    for eager, other in zip(*results, strict=True):
-        torch.testing.assert_close(other, eager, rtol=1e-4, atol=1e-5)
-
-
 def test_compiled_run(tmp_path):
-    """The whole script compiled: the losses of its first minibatch are those of the plain run."""
+    """The whole script compiled: the losses after some gradient steps are those of the plain run."""
     try:
         importlib.import_module("ppo_pfo_atari").check_args(importlib.import_module("ppo_pfo_atari").Args(compile=True))
     except SystemExit:
