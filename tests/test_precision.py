@@ -13,6 +13,8 @@ from test_scripts import TINY, load, run_script, same, scalars_of
 from common.arguments import check_precision
 
 SCRIPTS = ["ppo_atari", "ppo_atari_2models", "ppo_pfo_atari"]
+# Where emulated instructions would take minutes
+ONE_BY_DEFAULT = [*(pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS[:2]), SCRIPTS[2]]
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # Orthogonal weights have larger layers than PyTorch's, which rounding moves by more.
@@ -132,7 +134,7 @@ def loss_and_gradients(script, agent, mb, args):
 
 
 @pytest.mark.parametrize("steps", [0, 12])
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ONE_BY_DEFAULT)
 def test_losses_and_gradients_agree_with_float32(name, steps):
     """On the same minibatch, at the initial weights and some gradient steps on, over three seeds.
 
@@ -212,7 +214,7 @@ def check_run(folder, step, still=2e-7):
     return state
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ONE_BY_DEFAULT)
 def test_a_run_and_its_resumption(name, tmp_path):
     """The flag is kept: a resumed run goes on in bfloat16; and it is no float32 run."""
     code, said = run(name, tmp_path, [*FLAGS, "--total-timesteps", "576", "--eval-episodes", "1"])
@@ -230,6 +232,7 @@ def test_a_run_and_its_resumption(name, tmp_path):
     assert not same(load(plain / "checkpoints" / "latest.pt")["agent"], before["agent"])
 
 
+@pytest.mark.slow
 def test_a_compiled_run(tmp_path):
     script = importlib.import_module("ppo_pfo_atari")
     try:

@@ -69,7 +69,7 @@ def test_buffers_that_change_are_noticed():
     assert norm.num_batches_tracked == 1 and run.off and "buffers of its own" in said[0]
 
 
-@settings(deadline=None)  # recording takes longest the first time
+@settings(deadline=None, max_examples=30)  # recording takes longest the first time
 @given(
     rows=st.integers(1, 5),
     columns=st.integers(1, 7),
@@ -113,7 +113,7 @@ def in_numpy(function):
     return replay(torch.no_grad()(lambda x: (function(x, *weights),)), in_numpy=True)[0], weights
 
 
-@settings(deadline=None)  # recording takes longest the first time
+@settings(deadline=None, max_examples=50)  # recording takes longest the first time
 @given(operation=st.sampled_from([*OPERATIONS]), rows=st.integers(1, 5), draw=st.integers(0, 2**31))
 def test_each_operation_in_numpy_is_torch_s(operation, rows, draw):
     torch.manual_seed(draw)

@@ -212,7 +212,12 @@ def logged(path):
 
 
 @pytest.mark.parametrize(
-    "name, kills, total", [("ppo_mujoco", 8, 160), (MANY_SEEDS, 5, 100), ("ppo_pfo_atari", 4, 48)]
+    "name, kills, total",
+    [
+        ("ppo_mujoco", 8, 160),
+        pytest.param(MANY_SEEDS, 8, 160, marks=pytest.mark.slow),
+        pytest.param("ppo_pfo_atari", 5, 60, marks=pytest.mark.slow),
+    ],
 )
 def test_kills_at_random_moments_lose_nothing_that_was_saved(tmp_path, name, kills, total):
     """kill -9 at any moment, from the start of the process on; each time the run goes on, and then to its end."""

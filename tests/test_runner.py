@@ -361,7 +361,12 @@ def awaits(process, number):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a killed scheduler takes its runs along on Linux alone")
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)], ids=["INT", "TERM", "KILL"]
+    "number, code",
+    [
+        pytest.param(signal.SIGINT, 130, id="INT", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 130, id="TERM"),
+        pytest.param(signal.SIGKILL, -9, id="KILL", marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_study_goes_on(number, code, tmp_path):
     """Ctrl-C: the runs save and end. Kill: they end at once. Either way the same command completes them.
@@ -457,6 +462,7 @@ def test_a_lock_outlives_the_attempt(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a killed machine takes its runs along on Linux alone")
+@pytest.mark.slow
 def test_runs_of_a_lost_machine_move_to_another(tmp_path):
     """Two machines, of which one is killed in the middle: nothing is lost, nothing repeated, nothing logged twice."""
     cluster_utils = pytest.importorskip("ray.cluster_utils")
@@ -520,7 +526,7 @@ def test_runs_of_a_lost_machine_move_to_another(tmp_path):
     assert "--resume" not in moved[0] and "--resume runs/" in moved[1]
 
 
-@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+@pytest.mark.parametrize("variable", [pytest.param("TMPDIR", marks=pytest.mark.slow), "RAY_TMPDIR"])
 def test_a_long_path_of_temporary_files(tmp_path, monkeypatch, variable):
     """Beyond what a socket's path may have."""
     long = tmp_path / ("x" * 105)
