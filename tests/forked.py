@@ -23,8 +23,6 @@ SMALL = {
 }
 STEPS = {**dict.fromkeys(SCRIPTS[:3], 2 * 8 * 3), "ppo_mujoco": 64, MANY_SEEDS: 64}  # of an iteration
 
-# Threads that wait for each other would else keep the cores that other tests run on.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 context = multiprocessing.get_context("forkserver")
 # OpenGL comes before envpool, as in ppo_mujoco.py; the first optimizer imports torch._dynamo.
 context.set_forkserver_preload(["ppo_mujoco", "torch._dynamo", "forked", "test_scripts", *SCRIPTS])

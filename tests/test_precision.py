@@ -22,15 +22,6 @@ FLAGS = [*TINY, "--precision", "bfloat16", "--layer-init", "orthogonal"]
 SLOW = "--precision bfloat16: this device has no instructions for it, and float32 would be faster\n"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As other tests run beside these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def made(name, seed, device=CPU, **kwargs):
     """A script, its arguments in bfloat16 and in float32, and an agent of Phoenix's eight actions."""
     script = importlib.import_module(name)

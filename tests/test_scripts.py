@@ -147,8 +147,7 @@ def finished(request, tmp_path_factory):
     evaluation = ["--eval-episodes", "1", "--eval-interval", "0.5", "--capture-video"]
     folder = tmp_path_factory.mktemp(request.param)
     command = [sys.executable, str(ROOT / f"{request.param}.py"), *EVALUATED, *evaluation]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return request.param, done, newest_run(folder)
 
