@@ -263,7 +263,7 @@ Path.unlink, Path.rename = deadly(Path.unlink), deadly(Path.rename)
 """
 
 
-@pytest.mark.parametrize("name", ["ppo_mujoco", MANY_SEEDS])
+@pytest.mark.parametrize("name", ["ppo_mujoco", pytest.param(MANY_SEEDS, marks=pytest.mark.slow)])
 def test_a_kill_between_any_two_steps_of_a_checkpoint(tmp_path, name):
     """One after the other, at each call with which a checkpoint or a resumed run's cleaning up changes files."""
     flags = [*small(name, MANY), "--checkpoint-interval", "1e-5"]

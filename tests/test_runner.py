@@ -312,12 +312,19 @@ def check_whose_runs_they_are(folder, runs):
     assert all(x.finished for x in states("--total-timesteps 300", "--total-timesteps 399"))  # no whole rollout more
 
 
-def test_a_failing_run_stops_no_other_and_finished_ones_are_not_repeated(tmp_path):
-    """On this machine: two runs finish, two are refused; given again, nothing is touched; what is missing is done."""
-    folder = tmp_path / "study"
-    good, bad = "python ppo_mujoco.py", "python ppo_mujoco.py --gamma 3"
-    done = benchmark(folder, "--commands", bad, good, "--seeds", "1", "2", "--num-cpus", "2", code=1)
-    runs = sorted((folder / "runs").iterdir())
+GOOD, BAD = "python ppo_mujoco.py", "python ppo_mujoco.py --gamma 3"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A study of four runs of which two can't begin, on this machine: its folder, the process, the runs."""
+    folder = tmp_path_factory.mktemp("runner") / "study"
+    done = benchmark(folder, "--commands", BAD, GOOD, "--seeds", "1", "2", "--num-cpus", "2", code=1)
+    return folder, done, sorted((folder / "runs").iterdir())
+
+
+def test_a_failing_run_stops_no_other(study):
+    folder, done, runs = study
     assert len(runs) == 2
     for run in runs:
         check_whole(run, 300)
@@ -329,17 +336,24 @@ def test_a_failing_run_stops_no_other_and_finished_ones_are_not_repeated(tmp_pat
     assert sum("error: --gamma 3.0: must be at least 0 and at most 1" in line for line in table) == 2
 
     check_whose_runs_they_are(folder, sorted(runs, key=lambda run: run.name.split("__")[2]))
+
+
+def test_finished_runs_are_not_repeated(study):
+    """Given again, nothing is touched; of a batch of which two are there, what is missing is done."""
+    folder, _, runs = study
     before = files_of(folder)
-    done = benchmark(folder, "--commands", good, "--seeds", "1", "2")
+    done = benchmark(folder, "--commands", GOOD, "--seeds", "1", "2")
     assert done.stdout.startswith("2 runs: 2 finished, 0 to run\n") and files_of(folder) == before
-    # A third seed, in a batch of which two are there
-    done = benchmark(folder, "--commands", good, "--seeds", "1", "2", "3", "--batch-seeds", "--num-cpus", "1")
+    done = benchmark(folder, "--commands", GOOD, "--seeds", "1", "2", "3", "--batch-seeds", "--num-cpus", "1")
     assert done.stdout.startswith("3 runs: 2 finished, 1 to run in 1 processes\n")
     assert {path: x for path, x in files_of(folder).items() if path in before} == before
     (new,) = set((folder / "runs").iterdir()) - set(runs)
     check_whole(new, 300)
 
-    # Plasticity of each run, once
+
+@pytest.mark.slow
+def test_the_plasticity_of_each_run_is_probed_once(study):
+    folder, _, runs = study
     probe = ["--commands", "python plasticity_probe.py", "--runs", *map(str, runs), "--folder", str(folder)]
     command = [sys.executable, "-m", "benchmark.run", *probe, "--num-cpus", "1", "--", "--max-samples", "64"]
     for to_run in (2, 0):
