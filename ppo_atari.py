@@ -23,7 +23,8 @@ from torch import Tensor
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which python -P leaves out
 
-from common.arguments import Range, RunArgs, check_run_args, fail, nearest
+from common.arguments import Range, RunArgs, atari_id, check_run_args
+from common.cuda_graph import Graphed, fused_adam, reset, set_learning_rate
 from common.evaluation import play
 from common.feature_rank import deltas, layer_measures, policy_variance
 from common.replay import compiled
@@ -37,7 +38,9 @@ class Args(RunArgs):
     exp_name: str = os.path.basename(__file__)[: -len(".py")]
     """name of this experiment, part of the run's name"""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """of the hidden layers' arithmetic in rollout and update; weights, outputs, losses and diagnostics are float32"""
+    """of the hidden layers in rollout and update; weights, outputs, losses and diagnostics are float32, without TF32"""
+    cuda_graphs: bool = True
+    """on CUDA, launch the kernels of acting and of a gradient step all at once, without Python in between"""
 
     # Environment
     env_id: str = "Phoenix-v5"
@@ -113,15 +116,7 @@ class Args(RunArgs):
 def check_args(args):
     """Refuse what can't run before anything is started, and fill in what follows from the arguments."""
     check_run_args(args)
-    args.env_id = args.env_id.removeprefix("ALE/")
-    names = ["".join(map(str.capitalize, game.split("_"))) + "-v5" for game in atari_game_list]
-    games = {name.lower(): name for name in names}  # ALE's and envpool's capitals differ in one: TicTacToe3D
-    if args.env_id.lower() not in games:
-        some = nearest(args.env_id.removesuffix("-v5") + "-v5", names) or "Breakout-v5, Phoenix-v5, Qbert-v5"
-        fail(f"--env-id {args.env_id}: must be one of envpool's {len(games)} Atari games; nearest: {some}")
-    args.env_id = games[args.env_id.lower()]
-    if args.anneal_lr and args.cosine_lr:
-        fail("--cosine-lr: must not go with --anneal-lr; choose one schedule")
+    args.env_id = atari_id(args.env_id, atari_game_list)
 
 
 def make_envs(args, num_envs, seeds, **kwargs):
@@ -219,12 +214,19 @@ class Agent(nn.Module):
 
 def hidden_precision(args, device):
     """The context in which the hidden layers compute in ``--precision``; out of it, as in diagnostics, in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16")
+    cached = device.type != "cuda"  # a CUDA graph would go on with casts of the weights as they were
+    return torch.autocast(device.type, torch.bfloat16, args.precision == "bfloat16", cached)
 
 
 def sample(logits, noise):
     """Actions (N,) of the policy with ``logits`` (N, A), drawn by ``noise`` (N, A) from an exponential distribution."""
     return (logits - noise.log()).argmax(1)  # Gumbel's trick: −log of an exponential variable is a Gumbel one
+
+
+def act(agent, obs, noise, all_layers):
+    """The policy's NetworkOutput for observations (N, 84, 84, 4), and its actions (N,), drawn by ``noise`` (N, A)."""
+    network = agent.policy(obs, all_layers)
+    return network, sample(network.output, noise)
 
 
 def choose(agent, obs, elapsed, greedy, generator):
@@ -244,10 +246,10 @@ class Rollout(NamedTuple):
     policy: NetworkOutput  # as it acted
 
 
-def rollout(envs, policy, obs, noise, running, all_layers):
+def rollout(envs, act, obs, noise, running, all_layers):
     """Step each environment ``len(noise)`` times from ``obs[0]`` on; returns a Rollout and the games that ended.
 
-    envs: a synchronous envpool. ``policy(obs, all_layers)`` gives a NetworkOutput.
+    envs: a synchronous envpool. ``act(obs, noise, all_layers)`` gives a NetworkOutput and actions.
     obs: (num_steps + 1, num_envs, 84, 84, 4) uint8 on the training device, filled from index 1.
     noise: (num_steps, num_envs, num_actions), from which the actions are sampled.
     running: (2, num_envs) return and length so far of the games in progress, carried on from rollout to rollout.
@@ -261,9 +263,8 @@ def rollout(envs, policy, obs, noise, running, all_layers):
     outputs, games = [], []
     for step in range(num_steps):
         # Cloned, since a CUDA graph writes its next results over these.
-        outputs.append(policy(obs[step], all_layers).map(torch.clone))
-        actions[step] = sample(outputs[-1].output, noise[step])
-
+        network, actions[step] = act(obs[step], noise[step], all_layers)
+        outputs.append(network.map(torch.clone))
         next_obs, rewards[step], terminated, truncated, info = envs.step(actions[step].cpu().numpy())
         dones[step] = done = terminated | truncated
         running += np.stack([info["reward"], np.ones(num_envs)])
@@ -358,7 +359,7 @@ def losses(agent, mb, kl_coef, args):
 
 def make_optimizers(agent, args):
     """One Adam for all of the agent."""
-    adam = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps, "fused": True}
+    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps, **fused_adam(args.learning_rate, agent)}
     return (torch.optim.Adam(agent.parameters(), **adam),)
 
 
@@ -435,8 +436,7 @@ if __name__ == "__main__":
         rng.bit_generator.state = checkpoint["random_states"]["numpy"]  # so the environments get seeds of their own
 
     # Environments
-    seeds = rng.integers(2**31, size=N).tolist()
-    envs = make_envs(args, N, seeds, episodic_life=args.episodic_life, reward_clip=True)
+    envs = make_envs(args, N, rng.integers(2**31, size=N).tolist(), episodic_life=args.episodic_life, reward_clip=True)
     num_actions = int(envs.action_space.n)
 
     # Networks
@@ -447,9 +447,9 @@ if __name__ == "__main__":
     if checkpoint:
         restore(checkpoint, agent, optimizers, device)
         kl_coef.fill_(checkpoint["kl_coef"])
-    policy = torch.no_grad()(agent.policy)
+    acting = torch.no_grad()(partial(act, agent))
     if args.compile:
-        policy, losses = compiled(policy, device), compiled(losses, device)
+        acting, losses = compiled(acting, device), compiled(losses, device)
 
     def state():
         return {
@@ -465,6 +465,8 @@ if __name__ == "__main__":
     run = Run(args, state, checkpoint, evaluation)  # from here on, something is written
     if args.noop_max == 0:
         run.say("--noop-max 0: becomes envpool's least, one no-op frame after a reset")
+    acting = Graphed(acting, "acting", args, device, run)
+    take_step = Graphed(update, "a gradient step", args, device, run, lambda agent, losses, _, *x: losses(agent, *x)[1])
     obs = torch.empty((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
     obs[-1] = torch.from_numpy(envs.reset()[0]).permute(0, 2, 3, 1)
     running = np.zeros((2, N))
@@ -474,7 +476,7 @@ if __name__ == "__main__":
         obs[0] = obs[-1]
         noise = torch.empty((T, N, num_actions), device=device).exponential_()
         with hidden_precision(args, device):
-            transitions, games = rollout(envs, policy, obs, noise, running, run.diagnosed)
+            transitions, games = rollout(envs, acting, obs, noise, running, run.diagnosed)
         run.log_episodes(games)
         run.lap("rollout")
 
@@ -500,10 +502,9 @@ if __name__ == "__main__":
 
         # Update phase
         run.scalars["charts/learning_rate"] = learning_rate(iteration, args)
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate(iteration, args)
-            if args.reset_optimizer:
-                optimizer.state.clear()
+        set_learning_rate(optimizers, learning_rate(iteration, args))
+        if args.reset_optimizer:
+            reset(optimizers)
         if run.diagnosed and args.precision == "bfloat16":  # whose rounding would pass for directions of features
             with torch.no_grad():
                 before = dict(zip(("actor", "critic"), agent(batch["obs"], True), strict=True))
@@ -513,7 +514,7 @@ if __name__ == "__main__":
         for k, mb_inds in enumerate(order):
             mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}
             with phase.step(k, mb["advantages"]):
-                stats = update(agent, losses, optimizers, mb, kl_coef, args)
+                stats = take_step(agent, losses, optimizers, mb, kl_coef, args)
             logged.append(torch.stack(list(stats.values())))
             if args.target_kl and stats["kl"].item() > args.target_kl:
                 break

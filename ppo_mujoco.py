@@ -163,8 +163,6 @@ def check_args(args):
         fail("--hidden-sizes: must be one number or more")
     if args.pfo_layers == "all" and args.pfo_on == "features":
         fail("--pfo-layers all: must go with --pfo-on preactivations; all layers after activation do not exist")
-    if args.anneal_lr and args.cosine_lr:
-        fail("--cosine-lr: must not go with --anneal-lr; choose one schedule")
 
 
 def make_envs(args, num_envs, seeds, **kwargs):

@@ -315,10 +315,13 @@ def pieces(device, passed):
 
 def speed(report, passed):
     report.add("pieces of an iteration", "ppo_pfo_atari", lambda: pieces(report.device, passed))
-    modes = {"eager, float32": [], "eager, bfloat16": ["--precision", "bfloat16"], "compiled, float32": ["--compile"]}
-    modes["compiled, bfloat16"] = ["--compile", "--precision", "bfloat16"]
-    for mode, flags in modes.items():
-        if mode == "compiled, float32":  # compiling takes longest: what needs none comes first
+    kinds = {"eager": ["--no-cuda-graphs"], "compiled": ["--compile"]}  # compiling takes longest, and comes last
+    if report.device.type == "cuda":
+        kinds = {"CUDA graphs": [], **kinds}
+    modes = [(kind, precision) for kind in kinds for precision in ("float32", "bfloat16")]
+    for kind, precision in modes:
+        mode, flags = f"{kind}, {precision}", [*kinds[kind], "--precision", precision]
+        if mode == "compiled, float32":
             for seeds in (1, 5, 32):
                 several = [*passed, "--seeds", *map(str, range(1, seeds + 1))]
                 report.add("speed", f"ppo_mujoco, {seeds} seeds", lambda f=several: train(report, "ppo_mujoco", f))

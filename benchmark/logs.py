@@ -74,7 +74,7 @@ INTERVENTIONS = ("none", "PFO last", "PFO all", "reset Adam", "Adam betas", "sha
 SETTING = ("source", "suite", "env_id", "activation", "schedule", "epochs", "intervention")
 # The arguments that leave what is learned alone, and those that SETTING stands for
 _APART = {
-    *("exp_name", "script", "seed", "seeds", "num_seeds", "device", "compile", "record"),
+    *("exp_name", "script", "seed", "seeds", "num_seeds", "device", "compile", "record", "cuda_graphs"),
     *("torch_deterministic", "torch_threads", "track", "save_model", "resume", "capture_video"),
     *("diagnostics_interval", "checkpoint_interval"),
     *("env_id", "activation", "anneal_lr", "cosine_lr", "update_epochs"),

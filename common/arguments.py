@@ -131,6 +131,17 @@ def nearest(name, names):
     return ", ".join(known[x] for x in difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4))
 
 
+def atari_id(env_id, games):
+    """The id of one of envpool's ``games`` (as "space_invaders"), given it in any capitals, with or without ALE/."""
+    names = ["".join(map(str.capitalize, game.split("_"))) + "-v5" for game in games]
+    known = {name.lower(): name for name in names}  # ALE's and envpool's capitals differ in one: TicTacToe3D
+    env_id = env_id.removeprefix("ALE/")
+    if env_id.lower() not in known:
+        some = nearest(env_id.removesuffix("-v5") + "-v5", names) or "Breakout-v5, Phoenix-v5, Qbert-v5"
+        fail(f"--env-id {env_id}: must be one of envpool's {len(known)} Atari games; nearest: {some}")
+    return known[env_id.lower()]
+
+
 def parse(args_class, default=None):
     """The command line as an instance of the dataclass ``args_class``; a wrong one costs one line and exit code 2.
 
@@ -248,6 +259,8 @@ def check_run_args(args):
         fail(f"--minibatch-size {args.minibatch_size}: must divide num_envs x num_steps = {args.batch_size}")
     if not args.num_iterations:
         fail(f"--total-timesteps {args.total_timesteps}: must be at least one rollout of {steps} {unit}")
+    if args.anneal_lr and args.cosine_lr:
+        fail("--cosine-lr: must not go with --anneal-lr; choose one schedule")
     if (args.capture_video or args.eval_interval) and not args.eval_episodes:
         given = "--capture-video" if args.capture_video else f"--eval-interval {args.eval_interval}"
         fail(f"{given}: needs --eval-episodes of at least 1")

@@ -54,7 +54,7 @@ except ImportError:  # Windows has no such locks; there, nothing keeps two proce
 MAY_DIFFER = {
     *("resume", "device", "torch_deterministic", "torch_threads", "compile", "track", "wandb_project_name"),
     *("wandb_entity", "wandb_mode", "diagnostics_interval", "checkpoint_interval", "eval_episodes", "eval_interval"),
-    *("capture_video", "stop_on", "record", "seeds"),
+    *("capture_video", "stop_on", "record", "cuda_graphs", "seeds"),
 }
 # Flags that every run has; what a checkpoint lacks of the others came after it, and their defaults are without effect.
 ALWAYS = {"env_id", "exp_name", "seed", "seeds", "total_timesteps"}
@@ -430,6 +430,8 @@ def prepare(args):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not args.torch_deterministic
+    # TF32 has 10 bits, whose rounding would pass for directions of features where ranks are measured.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return device
 
 

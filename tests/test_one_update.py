@@ -7,6 +7,7 @@ convolutions are sums of products of shifted images, its gradients autograd's th
 
 import importlib
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -97,7 +98,9 @@ def test_update_phase_against_a_plain_computation(name, monkeypatch, float64):
     obs = torch.zeros((9, 2, 84, 84, 4), dtype=torch.uint8)
     obs[0] = torch.from_numpy(envs.reset()[0]).permute(0, 2, 3, 1)
     noise = torch.empty((8, 2, 4)).exponential_()
-    transitions, _ = script.rollout(envs, torch.no_grad()(agent.policy), obs, noise, np.zeros((2, 2)), False)
+    transitions, _ = script.rollout(
+        envs, torch.no_grad()(partial(script.act, agent)), obs, noise, np.zeros((2, 2)), False
+    )
     rewards = torch.randn(8, 2)  # the game pays too seldom for a test
     dones = (torch.rand(8, 2) < 0.2).double()
     transitions = transitions._replace(rewards=rewards, dones=dones)

@@ -3,6 +3,7 @@
 import importlib
 import math
 import statistics
+from functools import partial
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def recorded(script, agent, args, device=CPU):
     obs[0] = torch.from_numpy(envs.reset()[0]).permute(0, 2, 3, 1)
     noise = torch.empty((steps, num_envs, 8), device=device).exponential_()
     with torch.no_grad(), script.hidden_precision(args, device):
-        transitions, _ = script.rollout(envs, agent.policy, obs, noise, np.zeros((2, num_envs)), True)
+        transitions, _ = script.rollout(envs, partial(script.act, agent), obs, noise, np.zeros((2, num_envs)), True)
         critic = agent.value(obs.flatten(0, 1), True)
         actor = agent.policy(obs[:-1].flatten(0, 1), True)
     values = critic.output.view(steps + 1, num_envs)

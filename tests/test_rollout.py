@@ -19,11 +19,13 @@ FRAME_SKIP = 3
 def uniform_policy(num_actions):
     """A policy that ignores what it sees, in the shape that ``rollout`` expects."""
 
-    def policy(obs, all_layers):
+    def act(obs, noise, all_layers):
         layer = obs.reshape(len(obs), -1)[:, :5].float()
-        return script.NetworkOutput(torch.zeros(len(obs), num_actions), layer, layer + 1, layer.repeat(1, 2))
+        logits = torch.zeros(len(obs), num_actions)
+        network = script.NetworkOutput(logits, layer, layer + 1, layer.repeat(1, 2))
+        return network, script.sample(logits, noise)
 
-    return policy
+    return act
 
 
 def play(envs, obs, num_rollouts, num_actions, running, seed=0):

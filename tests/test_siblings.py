@@ -25,7 +25,15 @@ OF_A_DOMAIN = {
     *("env_id", "total_timesteps", "learning_rate", "num_envs", "num_steps", "minibatch_size"),
     *("update_epochs", "clip_coef", "ent_coef", "max_grad_norm", "activation", "pfo_coef"),
 }
-OF_ATARI = {"precision", "frame_skip", "repeat_action_probability", "noop_max", "fire_reset", "episodic_life"}
+OF_ATARI = {
+    "precision",
+    "cuda_graphs",
+    "frame_skip",
+    "repeat_action_probability",
+    "noop_max",
+    "fire_reset",
+    "episodic_life",
+}
 OF_MUJOCO = {"seeds", "record", "torch_threads", "resume", "obs_norm_steps", "hidden_sizes", "share_features"}
 # Every line in which two scripts differ names one of these.
 WORDS = {
