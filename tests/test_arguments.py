@@ -26,6 +26,7 @@ WRONG = {
     "device": ["tpu", "cuda:99", "cuda:007", "cuda:-1", "CPU", ""],
     "torch_deterministic": SWITCH,
     "compile": SWITCH,
+    "cuda_graphs": SWITCH,
     "precision": ["", "bf16", "float16", "Float32"],
     "track": SWITCH,
     "wandb_project_name": ["", "a/b", "what?", "x" * 200],
