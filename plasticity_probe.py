@@ -227,9 +227,14 @@ class Atari:
         obs = torch.empty((num_steps + 1, num_envs, 84, 84, 4), dtype=torch.uint8)
         obs[0] = torch.from_numpy(envs.reset()[0]).permute(0, 2, 3, 1)
         running = np.zeros((2, num_envs))
+
+        def act(obs, noise, all_layers):
+            network = policy(obs, all_layers)
+            return network, script.sample(network.output, noise)
+
         for part in torch.arange(num_steps).split(CHUNK):  # a rollout keeps the features of all its steps
             noise = torch.empty((len(part), num_envs, int(envs.action_space.n))).exponential_(generator=generator)
-            script.rollout(envs, policy, obs[part[0] : part[-1] + 2], noise, running, False)
+            script.rollout(envs, act, obs[part[0] : part[-1] + 2], noise, running, False)
         return obs[:-1].flatten(0, 1)
 
     @staticmethod

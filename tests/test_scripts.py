@@ -1,7 +1,7 @@
 """The scripts run for real: their logs, checkpoints, videos and refusals."""
 
 import dataclasses
-import importlib
+import importlib.metadata
 import math
 import os
 import subprocess
@@ -216,7 +216,7 @@ def test_checkpoints(finished):
         assert dataclasses.asdict(args) == state["args"]
         assert args.num_envs == 2 and args.seed == 7 and args.env_id == "Phoenix-v5"
         assert state["script"] == f"{name}.py" and state["global_step"] == int(path.stem)
-        assert state["versions"]["torch"] == torch.__version__ and state["git_revision"]
+        assert state["versions"]["torch"] == importlib.metadata.version("torch") and state["git_revision"]
         assert state["random_states"]["cpu"].dtype == torch.uint8
         agent = script.Agent(state["num_actions"], args)
         agent.load_state_dict(state["agent"])
