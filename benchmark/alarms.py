@@ -21,7 +21,7 @@ import pandas as pd
 from benchmark.figures import COLOURS, STYLE
 from benchmark.logs import DIAGNOSED, RETURN, check_folder, make_folder, print_left_out, read_runs, writing
 from benchmark.measures import collapse, excess_ratio
-from common.alarms import ALARMS, Watch, severity
+from common.alarms import ALARMS, CATEGORICAL, Watch, severity
 from common.arguments import check_range, fail
 from common.run import parse_args
 
@@ -92,6 +92,8 @@ def tags_of(run):
     units = run.args.get("hidden_sizes", (UNITS[run.suite],))[-1]
     columns["representation/after/actor/dead_fraction"] = run.get(DEAD) / units
     columns[RETURN] = run.get(RETURN)
+    if run.suite == "Atari":  # what tells that a policy is categorical was not logged by all
+        columns[CATEGORICAL] = pd.Series(dtype=float)
     return pd.DataFrame({tag: x.reindex(run.grid) for tag, x in columns.items()})
 
 

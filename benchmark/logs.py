@@ -221,10 +221,15 @@ def _parameters(table):
     return parameters
 
 
+def paper_coef(layers, suite, activation):
+    """The coefficient of PFO in the paper, None where it has none."""
+    of_paper = {("Atari", "ReLU"): 10 if layers == "all" else 1, ("MuJoCo", "Tanh"): 1, ("MuJoCo", "ReLU"): 10}
+    return of_paper.get((suite, activation))
+
+
 def pfo_name(layers, coef, suite, activation):
     """ "PFO last" or "PFO all", with the coefficient if it is not the paper's."""
-    of_paper = {("Atari", "ReLU"): 10 if layers == "all" else 1, ("MuJoCo", "Tanh"): 1, ("MuJoCo", "ReLU"): 10}
-    return f"PFO {layers}" + ("" if coef == of_paper.get((suite, activation)) else f" (coefficient {coef:g})")
+    return f"PFO {layers}" + ("" if coef == paper_coef(layers, suite, activation) else f" (coefficient {coef:g})")
 
 
 def intervention_of(args, script, suite, activation):
@@ -253,9 +258,13 @@ def intervention_of(args, script, suite, activation):
     return " + ".join(parts) or "none"
 
 
-def read_run(folder):
-    """The run in ``folder`` and [what was wrong with its files]; ValueError, saying why, if it can't be used."""
-    scalars, args, problems = read_events(folder, TAGS)
+def read_run(folder, more_tags=(), whole=False):
+    """The run in ``folder`` and [what was wrong with its files]; ValueError, saying why, if it can't be used.
+
+    Its scalars are those of TAGS and ``more_tags``, on the grid of the iterations with diagnostics; if ``whole``, at
+    every step at which they were logged.
+    """
+    scalars, args, problems = read_events(folder, (*TAGS, *more_tags))
     if "env_id" not in args:
         raise ValueError("its event files have no table of hyperparameters")
     plasticity, _, more_problems = read_events(folder / "plasticity", TAGS)
@@ -286,14 +295,15 @@ def read_run(folder):
         args=args,
         probe=probe,
     )
-    _put_on_grid(run, lambda carried, steps: steps != steps.shift())
+    if DIAGNOSED not in run.scalars:
+        raise ValueError(f"it has no {DIAGNOSED} yet")
+    if not whole:
+        _put_on_grid(run, lambda carried, steps: steps != steps.shift())
     return run, problems + more_problems
 
 
 def _put_on_grid(run, is_new):
     """Keep what was logged at the iterations with diagnostics; ``is_new(values, their steps)`` marks fresh returns."""
-    if DIAGNOSED not in run.scalars:
-        raise ValueError(f"it has no {DIAGNOSED} yet")
     grid = run.grid
     for tag, series in run.scalars.items():
         if tag == RETURN:
@@ -396,6 +406,8 @@ def _paper_run(folder, rows):
         if key in rows and rows[key].notna().any():
             logged = rows.dropna(subset=[key])
             run.scalars[tag] = _series(logged["global_step"], logged[key])
+    if DIAGNOSED not in run.scalars:
+        raise ValueError(f"it has no {DIAGNOSED} yet")
     _put_on_grid(run, lambda carried, steps: carried != carried.shift())
     return run
 
@@ -471,30 +483,37 @@ def read_thinned(path):
 
 
 def read_runs(names):
+    """Every run that ``names`` lead to, of each setting those that can be pooled; the rest as ``read_each``."""
+    runs, left_out, notes = read_each(names)
+    runs, not_pooled = poolable(runs)
+    return runs, left_out + not_pooled, notes + _same_probes(runs)
+
+
+def read_each(names, flag="--runs", more_tags=(), whole=False):
     """Every run that ``names`` lead to: folders of a run or of runs, CSV files, or patterns of either.
 
-    A name that leads nowhere, or is a file that can't be read, ends the program with one line. Returns the runs, of
-    each setting those that can be pooled, and [(run, or file that was not named itself, why it is left out)], and
-    [what was wrong with a run that was read all the same].
+    A name that leads nowhere, or is a file that can't be read, ends the program with one line, which calls it by
+    ``flag``. more_tags, whole: as for ``read_run``. Returns the runs, and [(run, or file that was not named itself, why
+    it is left out)], and [what was wrong with a run that was read all the same].
     """
     runs, left_out, notes, papers = [], [], [], []
     seen = set()
     if not names:
-        fail("--runs: must name at least one folder, file or pattern")
+        fail(f"{flag}: must name at least one folder, file or pattern")
     for name in names:
         found = [Path(name)] if Path(name).exists() else [Path(path) for path in sorted(glob.glob(name))]
         if not found:
-            fail(f"--runs {name}: must be a run's folder, a folder of runs, a CSV of curves, or a pattern of these")
+            fail(f"{flag} {name}: must be a run's folder, a folder of runs, a CSV of curves, or a pattern of these")
         sources = [source for path in found for source in _sources(path)]
         if not sources:
-            fail(f"--runs {name}: there is no run in it, neither a folder with an event file nor a CSV")
+            fail(f"{flag} {name}: there is no run in it, neither a folder with an event file nor a CSV")
         for source in sources:
             if source.resolve() in seen:
                 continue
             seen.add(source.resolve())
             try:
                 if source.is_dir():
-                    run, problems = read_run(source)
+                    run, problems = read_run(source, more_tags, whole)
                     runs.append(run)
                     notes += [f"{source}: {problem}" for problem in problems]
                     continue
@@ -512,8 +531,7 @@ def read_runs(names):
             except ValueError as error:
                 left_out.append((str(source), str(error)))
     paper_runs, paper_left_out = read_paper_runs(papers)
-    runs, not_pooled = poolable(runs + paper_runs)
-    return runs, left_out + paper_left_out + not_pooled, notes + _same_probes(runs)
+    return runs + paper_runs, left_out + paper_left_out, notes
 
 
 def _same_probes(runs):
