@@ -281,9 +281,9 @@ def rollout(envs, act, obs, noise, running, all_layers):
     actions = torch.empty((num_steps, num_envs), dtype=torch.int64, device=obs.device)
     outputs, games = [], []
     for step in range(num_steps):
-        # Cloned, since a CUDA graph writes its next results over these.
         network, actions[step] = act(obs[step], noise[step], all_layers)
-        outputs.append(network.map(torch.clone))
+        outputs.append(network.map(torch.clone))  # over which a CUDA graph writes its next results
+
         next_obs, rewards[step], terminated, truncated, info = envs.step(actions[step].cpu().numpy())
         dones[step] = done = terminated | truncated
         running += np.stack([info["reward"], np.ones(num_envs)])
@@ -501,7 +501,7 @@ if __name__ == "__main__":
     if checkpoint:
         restore(checkpoint, agent, optimizers, device)
         kl_coef.fill_(checkpoint["kl_coef"])
-    acting = torch.no_grad()(partial(act, agent))
+    acting = torch.no_grad()(act)
     if args.compile:
         acting, losses = compiled(acting, device), compiled(losses, device)
 
@@ -519,7 +519,7 @@ if __name__ == "__main__":
     run = Run(args, state, checkpoint, evaluation)  # from here on, something is written
     if args.noop_max == 0:
         run.say("--noop-max 0: becomes envpool's least, one no-op frame after a reset")
-    acting = Graphed(acting, "acting", args, device, run)
+    acting = partial(Graphed(acting, "acting", args, device, run), agent)
     take_step = Graphed(update, "a gradient step", args, device, run, lambda agent, losses, _, *x: losses(agent, *x)[1])
     obs = torch.empty((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
     obs[-1] = torch.from_numpy(envs.reset()[0]).permute(0, 2, 3, 1)

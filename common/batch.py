@@ -221,7 +221,10 @@ class Optimizers:
         return True
 
     def _held(self, s):
-        """Which objects the state of module ``s``'s optimizers holds, found without hashing a parameter."""
+        """Which objects the state of module ``s``'s optimizers holds, found without hashing a parameter.
+
+        Those that were adopted are kept alive here, so that no other object comes to have their ids.
+        """
         return [list(map(id, state.values())) for x in self.optimizers[s] for state in x.state.values()]
 
 

@@ -13,6 +13,7 @@ from common.arguments import one_line
 
 WARM_UP = 3  # calls as plain code before a graph is made: kernels are chosen and moments allocated in them
 MAX_REMADE = 4  # sets of graphs, before values that keep changing make the plain code the faster one
+MAX_KINDS = 16  # kinds of arguments, before those that keep changing make the plain code the faster one
 EVERY = 16  # calls of which one is compared: in the paper's setting, once in an update phase
 TOLERANCE = {"rtol": 1e-2, "atol": 1e-3, "equal_nan": True}  # of what is compared: kernels may round differently
 
@@ -43,8 +44,9 @@ class Graphed:
     """``plain(*args)``, whose work is on tensors alone, by a CUDA graph for each kind of arguments.
 
     args: nests of dicts, lists and tuples. Their tensors are copied to where the graph reads them, and may differ from
-    call to call; what else they hold, and the tensors' shapes, make the kind. Parameters and moments that ``plain``
-    changes are read and written where they are. What it returns is written over by the next call of the kind.
+    call to call; what else they hold, and the tensors' shapes, make the kind. Of modules and optimizers, the tensors
+    are read and written where they are: given others, or another number in an optimizer's settings, they are of another
+    kind. What ``plain`` returns is written over by the next call of the kind.
 
     name: what it does, for messages. args: the script's, whose values it reads; elsewhere than on a CUDA device, with
     ``--compile`` and with ``--no-cuda-graphs``, ``plain`` runs alone. run: is told what goes wrong. expected(*args):
@@ -66,7 +68,10 @@ class Graphed:
             return self.plain(*args)
         leaves, spec = tree_flatten(args)
         kind = (spec, *map(_kind, leaves))
-        if self.calls.setdefault(kind, 0) < WARM_UP:
+        if self.calls.setdefault(kind, 0) == 0 and len(self.calls) > MAX_KINDS:
+            self._give_up("tensors or settings that it reads where they are keep being replaced")
+            return self.plain(*args)
+        if self.calls[kind] < WARM_UP:
             self.calls[kind] += 1
             return self.backend.warm_up(lambda: self.plain(*args))
         if kind not in self.graphs and not self._record(kind, leaves, spec):
@@ -107,10 +112,23 @@ class Graphed:
 
 
 def _kind(x):
-    """What a graph depends on of an argument: of a tensor how it is laid out, of a plain value itself."""
+    """What a graph depends on of an argument: of a tensor how it is laid out, of a plain value itself.
+
+    Of a module and of an optimizer it is where their tensors are, and an optimizer's settings.
+    """
     if isinstance(x, torch.Tensor):
         return x.shape, x.stride(), x.dtype, x.device
+    if isinstance(x, torch.nn.Module):
+        return id(x), tuple(_place(p) for p in (*x.parameters(), *x.buffers()))
+    if isinstance(x, torch.optim.Optimizer):
+        settings = (value for group in x.param_groups for name, value in group.items() if name != "params")
+        moments = (value for state in x.state.values() for value in state.values())
+        return id(x), tuple(map(_place, settings)), tuple(map(_place, moments))
     return x if isinstance(x, bool | int | float | str | None) else id(x)
+
+
+def _place(x):
+    return x.data_ptr() if isinstance(x, torch.Tensor) else x
 
 
 def fused_adam(learning_rate, agent):

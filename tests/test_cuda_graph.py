@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_scripts import LOSSES, TINY, load, newest_run, run_script, same, scalars_of
 
-from common.cuda_graph import EVERY, MAX_REMADE, WARM_UP, Graphed, fused_adam, reset, set_learning_rate
+from common.cuda_graph import EVERY, MAX_KINDS, MAX_REMADE, WARM_UP, Graphed, fused_adam, reset, set_learning_rate
 
 SCRIPTS = forked.SCRIPTS[:3]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -61,6 +61,8 @@ def test_gradient_steps_are_those_of_plain_code(name):
         torch.manual_seed(0)
         agent = script.Agent(4, args)
         optimizers, kl_coef = script.make_optimizers(agent, args), torch.tensor(1.0)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = torch.tensor(args.learning_rate)  # as on CUDA
         for k in range(WARM_UP + 4):
             mb = {"obs": torch.randint(0, 256, (8, 84, 84, 4), dtype=torch.uint8), "actions": torch.arange(8) % 4}
             mb |= {name: torch.randn(8) for name in ("values", "advantages", "returns")}
@@ -73,7 +75,54 @@ def test_gradient_steps_are_those_of_plain_code(name):
             found.append({name: x.item() for name, x in stats.items()})
         agents.append(agent.state_dict())
     assert rows[0] == rows[1] and same(*agents)
-    assert updates[1].backend.recorded == 1 and updates[1].since == 4
+    # The first call has made the moments, which are elsewhere than none.
+    assert updates[1].backend.recorded == 1 and updates[1].since == 3
+
+
+def replaced(module):
+    module.weight.data = module.weight.data.clamp(-0.1, 0.1)
+
+
+PLACES = {
+    "weights": lambda module, optimizer: replaced(module),
+    "moments": lambda module, optimizer: optimizer.state.clear(),
+    "learning rate": lambda module, optimizer: optimizer.param_groups[0].update(lr=0.5),
+    "weight decay": lambda module, optimizer: optimizer.param_groups[0].update(weight_decay=0.5),
+}
+
+
+@pytest.mark.parametrize("what", PLACES)
+def test_a_graph_is_not_used_where_what_it_reads_in_place_was_replaced(what):
+    def step(module, optimizer, x):
+        optimizer.zero_grad()
+        loss = module(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss.detach()}
+
+    module = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, weight_decay=0.1)
+    it, _, said, _ = graphed(step)
+    for _ in range(WARM_UP + 3):
+        it(module, optimizer, torch.randn(4, 3))
+    assert it.backend.recorded == 1 and it.since == 2
+    PLACES[what](module, optimizer)
+    it(module, optimizer, torch.randn(4, 3))
+    assert it.since == 2  # by plain code, before a graph of the new places
+    for _ in range(WARM_UP + 1):
+        it(module, optimizer, torch.randn(4, 3))
+    assert it.backend.recorded == 2 and said == []
+
+
+def test_weights_that_are_replaced_each_time_are_left_to_plain_code():
+    module, kept = torch.nn.Linear(3, 2), []
+    it, _, said, _ = graphed(lambda module, x: {"y": module(x).detach()})
+    for k in range(MAX_KINDS + 2):
+        kept.append(module.weight.data)  # so that each is elsewhere
+        module.weight.data = torch.full((2, 3), float(k))
+        x = torch.randn(4, 3)
+        assert torch.equal(it(module, x)["y"], module(x))
+    assert it.off and len(said) == 1 and "keep being replaced" in said[0]
 
 
 def test_acting_has_a_graph_for_each_kind_of_arguments():
@@ -81,17 +130,19 @@ def test_acting_has_a_graph_for_each_kind_of_arguments():
     agent = script.Agent(4, script.Args())
 
     @torch.no_grad()
-    def act(obs, noise, all_layers):
+    def act(agent, obs, noise, all_layers):
         network, actions = script.act(agent, obs, noise, all_layers)
         return {"actions": actions} | {k: x for k, x in network._asdict().items() if x is not None}
 
     acting = graphed(act)[0]
     for k in range(2 * WARM_UP + 4):
         obs, noise = torch.randint(0, 256, (2, 84, 84, 4), dtype=torch.uint8), torch.rand(2, 4)
-        assert same(acting(obs, noise, k % 2 == 0), act(obs, noise, k % 2 == 0))
+        assert same(acting(agent, obs, noise, k % 2 == 0), act(agent, obs, noise, k % 2 == 0))
     assert acting.backend.recorded == 2
     obs, noise = torch.zeros((3, 84, 84, 4), dtype=torch.uint8), torch.rand(3, 4)
-    assert same(acting(obs, noise, True), act(obs, noise, True))  # of another batch size: neither of these graphs
+    assert same(
+        acting(agent, obs, noise, True), act(agent, obs, noise, True)
+    )  # of another batch size: neither of these graphs
     assert acting.backend.recorded == 2
 
 
