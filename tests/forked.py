@@ -11,6 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["ppo_atari", "ppo_atari_2models", "ppo_pfo_atari", "ppo_mujoco"]
 MANY_SEEDS = "ppo_mujoco --seeds"  # ppo_mujoco.py with several seeds as one batch
@@ -26,6 +28,11 @@ STEPS = {**dict.fromkeys(SCRIPTS[:3], 2 * 8 * 3), "ppo_mujoco": 64, MANY_SEEDS: 
 context = multiprocessing.get_context("forkserver")
 # OpenGL comes before envpool, as in ppo_mujoco.py; the first optimizer imports torch._dynamo.
 context.set_forkserver_preload(["ppo_mujoco", "torch._dynamo", "forked", "test_scripts", *SCRIPTS])
+
+
+def slow(names, *some):
+    """Parameters of a test: ``names``, of which ``some`` are left out by default, as others run what is the same."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in some else name for name in names]
 
 
 def script_of(name):

@@ -32,7 +32,9 @@ def test_random_policy(env_id):
     assert out.startswith(f"{env_id}: random actions return ") and out.endswith("3 episodes\n")
 
 
-@pytest.mark.parametrize("script, mflop", [("ppo_pfo_atari.py", 434), ("ppo_atari.py", 217)])
+@pytest.mark.parametrize(
+    "script, mflop", [("ppo_pfo_atari.py", 434), pytest.param("ppo_atari.py", 217, marks=pytest.mark.slow)]
+)
 def test_throughput(script, mflop):
     """An agent step costs what the layers' shapes say: forward once, then forward and backward in each epoch."""
     out = program("throughput", script, "--rounds", "1", "--iterations", "2", "--cores", "0", "--", *TINY)
@@ -67,6 +69,7 @@ def test_precisions_of_a_script_without_them_are_refused():
     assert said == "error: --precisions float32 float32: must name each precision once\n"
 
 
+@pytest.mark.slow
 def test_throughput_of_many_seeds():
     flags = ["--seeds", "1", "2", "--num-steps", "32", "--minibatch-size", "16", "--obs-norm-steps", "20"]
     flags = ["--rounds", "1", "--iterations", "3", "--cores", "0", "--", *flags]

@@ -163,6 +163,7 @@ def test_weights_given_other_data_are_those_of_the_batch(trained, rounding):
     assert max(x.abs().max() for name, x in several[2].items() if name != "half_width") <= 0.2
 
 
+@pytest.mark.slow
 def test_annealed_arguments_take_effect_in_compiled_losses(tmp_path):
     """Three iterations of an Atari script: neither of the two coefficients stays what it was at the first compilation,
     which is what the flags say."""

@@ -96,6 +96,7 @@ def test_the_command(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: --resamples 1") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_run_in_which_no_episode_ended(tmp_path):
     """It is left out of the claims by name, and the table and the curves say what they lack."""
     for seed in (1, 2, 3):

@@ -193,6 +193,7 @@ def test_runs_of_other_settings_are_refused(tmp_path):
     assert "is of other settings (ppo_atari.py, Breakout-v5, 4000000 frames" in said and said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_one_run_goes_on_where_it_was_stopped(tmp_path):
     write_runs(tmp_path, seeds=())
     folder = tmp_path / "runs" / "Breakout-v5__ppo_atari__1"

@@ -474,7 +474,8 @@ def test_runs_on_mps(tmp_path, seeds):
     assert load(run / "checkpoints" / "640.pt")["global_step"] == 640
 
 
-@pytest.mark.parametrize("seeds", [pytest.param([], marks=pytest.mark.slow), SEVERAL])
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [[], SEVERAL])
 def test_compiled_run(seeds, tmp_path):
     """The whole script compiled: the losses of its last minibatch are those of the plain run."""
     try:

@@ -8,14 +8,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from forked import run
+from forked import run, slow
 from test_scripts import TINY, load, run_script, same, scalars_of
 
 from common.arguments import check_precision
 
 SCRIPTS = ["ppo_atari", "ppo_atari_2models", "ppo_pfo_atari"]
-# Where emulated instructions would take minutes
-ONE_BY_DEFAULT = [*(pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS[:2]), SCRIPTS[2]]
+ONE_BY_DEFAULT = slow(SCRIPTS, "ppo_atari", "ppo_atari_2models")  # where emulated instructions would take minutes
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # Orthogonal weights have larger layers than PyTorch's, which rounding moves by more.
@@ -85,7 +84,7 @@ def moved(script, agent, mb, args):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 @pytest.mark.parametrize("weights", ["initial", "trained", "large"])
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ONE_BY_DEFAULT)
 def test_nothing_has_moved_before_the_first_step(name, weights, device):
     """Ratios are within 1e-3 of 1 and PFO's distances below 1e-6 of the squared norm, whatever the minibatch's size.
 
@@ -206,7 +205,8 @@ def check_run(folder, step, still=2e-7):
     return state
 
 
-@pytest.mark.parametrize("name", ONE_BY_DEFAULT)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_a_run_and_its_resumption(name, tmp_path):
     """The flag is kept: a resumed run goes on in bfloat16; and it is no float32 run."""
     code, said = run(name, tmp_path, [*FLAGS, "--total-timesteps", "576", "--eval-episodes", "1"])

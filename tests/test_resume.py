@@ -11,7 +11,7 @@ import struct
 
 import pytest
 import torch
-from forked import KINDS, MANY_SEEDS, STEPS, run, script_of, send, small, started, wait_for
+from forked import KINDS, MANY_SEEDS, STEPS, run, script_of, send, slow, small, started, wait_for
 from tensorboard.compat.proto.event_pb2 import Event
 from test_scripts import load, same, scalars_of
 
@@ -69,7 +69,7 @@ def check_logs(name, folder, iterations):
         assert not list(path.rglob("*.tmp"))
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=slow(KINDS, "ppo_atari_2models"))
 def finished(request, tmp_path_factory):
     """A finished run of each script, of five iterations: its name and folder."""
     folder = tmp_path_factory.mktemp(request.param)

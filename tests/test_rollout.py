@@ -242,7 +242,7 @@ def test_envpool_gives_the_emulators_rewards(game):
 @pytest.mark.parametrize("greedy", [False, True])
 def test_evaluation_returns_the_games_own_score(greedy):
     """A game played again by hand with the same seed and noise: raw rewards, one whole game, no more."""
-    args = script.Args(env_id="Breakout-v5", frame_skip=40)  # large steps, a short test
+    args = script.Args(env_id="Breakout-v5", frame_skip=200)  # large steps, a short test
     torch.manual_seed(4)
     agent = script.Agent(4, args)
     with torch.no_grad():
@@ -252,8 +252,8 @@ def test_evaluation_returns_the_games_own_score(greedy):
     actor, make_envs = partial(script.choose, agent), partial(script.make_envs, args)
     returns, lengths = play_episodes(make_envs, actor, torch.device("cpu"), 60, [77], greedy)
     assert torch.equal(torch.get_rng_state(), before)
-    settings = dict(frame_skip=40, repeat_action_probability=0.25, noop_max=1, use_fire_reset=False)
-    env = envpool.make("Breakout-v5", env_type="gymnasium", num_envs=1, seed=[77], max_episode_steps=2700, **settings)
+    settings = dict(frame_skip=200, repeat_action_probability=0.25, noop_max=1, use_fire_reset=False)
+    env = envpool.make("Breakout-v5", env_type="gymnasium", num_envs=1, seed=[77], max_episode_steps=540, **settings)
     generator = torch.Generator().manual_seed(77)
     obs, total, steps, over = env.reset()[0], 0.0, 0, False
     while not over:

@@ -338,6 +338,7 @@ def test_a_failing_run_stops_no_other(study):
     check_whose_runs_they_are(folder, sorted(runs, key=lambda run: run.name.split("__")[2]))
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated(study):
     """Given again, nothing is touched; of a batch of which two are there, what is missing is done."""
     folder, _, runs = study
@@ -540,7 +541,8 @@ def test_runs_of_a_lost_machine_move_to_another(tmp_path):
     assert "--resume" not in moved[0] and "--resume runs/" in moved[1]
 
 
-@pytest.mark.parametrize("variable", [pytest.param("TMPDIR", marks=pytest.mark.slow), "RAY_TMPDIR"])
+@pytest.mark.slow
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
 def test_a_long_path_of_temporary_files(tmp_path, monkeypatch, variable):
     """Beyond what a socket's path may have."""
     long = tmp_path / ("x" * 105)

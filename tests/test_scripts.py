@@ -141,7 +141,7 @@ def same(one, other):
     return one == other or (one != one and other != other)  # NaN
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
+@pytest.fixture(scope="module", params=forked.slow(SCRIPTS, "ppo_atari_2models"))
 def finished(request, tmp_path_factory):
     """A tiny run of each script with evaluation and video: its name, process, folder."""
     evaluation = ["--eval-episodes", "1", "--eval-interval", "0.5", "--capture-video"]
@@ -303,6 +303,7 @@ def test_offline_tracking_writes_a_run(tmp_path):
         assert tag.encode() in content, tag
 
 
+@pytest.mark.slow
 def test_unreachable_tracking_does_not_stop_training(tmp_path):
     flags = [*TINY, "--track"]
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}

@@ -82,6 +82,7 @@ def program(folder, *flags, code=0):
     return done
 
 
+@pytest.mark.slow
 def test_without_arguments_it_draws_the_papers_panel(tmp_path):
     out = program(tmp_path).stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["toy_problem.pdf", "toy_problem.png"]
