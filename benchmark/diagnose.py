@@ -10,6 +10,7 @@ Exit codes: 0, 2 for a wrong command line or where nothing can be read.
 import itertools
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +24,9 @@ import benchmark.remedies
 from benchmark.alarms import NORM, VARIANCE, tags_of
 from benchmark.logs import DIAGNOSED, PLASTICITY, RETURN, describe, paper_coef, print_left_out, read_each
 from benchmark.measures import collapse, settled
+from benchmark.report import write_report
 from common.alarms import ALARMS, CATEGORICAL, COLLAPSED, DISCRETE_ENTROPY, Watch
-from common.arguments import fail, flag
+from common.arguments import check_output, fail, flag
 from common.run import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -394,6 +396,8 @@ class Args:
     """words that a run's name or setting must all have, as ReLU "20 epochs" "seed 4"; none given is all runs"""
     json: bool = False
     """print a JSON list with an object for each run, and nothing else, to standard output"""
+    report: Path | None = None
+    """an .html file to write beside that: one page with the panels, which opens without a network"""
     results: Path = ROOT / "benchmark" / "results"
     """folder of folders with claims.csv or remedies.csv, which say what held a fault in the runs that were measured"""
 
@@ -403,6 +407,8 @@ def main(args):
         fail("RUNS: name at least one run's folder, as runs/*")
     if not args.results.is_dir():
         fail(f"{flag('results')} {args.results}: must be a folder")
+    if args.report:
+        check_output(args.report, ".html", name="report")
     runs, left_out, notes = read_each(args.runs, "RUNS", READ, whole=True)
     found = [run for run in runs if all(word in f"{run.name}, {run}" for word in args.only)]
     if not runs:
@@ -417,6 +423,9 @@ def main(args):
     else:
         print("\n\n".join(map(text_of, diagnoses)))
         print_left_out(left_out, notes)
+    if args.report:
+        write_report(diagnoses, args.report)
+        print(args.report, file=sys.stderr if args.json else sys.stdout)
 
 
 if __name__ == "__main__":

@@ -278,20 +278,20 @@ def of_each_seed(args):
     return runs
 
 
-def check_output(path, *endings):
-    """Refuse a file ``--output`` that can't be written, or has none of the ``endings``, if some are given."""
+def check_output(path, *endings, name="output"):
+    """Refuse a file, of the flag ``name``, that can't be written, or has none of the ``endings``, if some are given."""
     if endings and path.suffix.lower() not in endings:
-        fail(f"--output {path}: must end in {' or '.join(endings)}")
+        fail(f"{flag(name)} {path}: must end in {' or '.join(endings)}")
     try:
         if not path.parent.is_dir():
-            fail(f"--output {path}: must be in a folder that exists")
+            fail(f"{flag(name)} {path}: must be in a folder that exists")
         new = not path.exists()
         with open(path, "ab"):  # what is there stays
             pass
         if new:
             path.unlink()
     except OSError as error:
-        fail(f"--output {path}: can't be written ({error.strerror})")
+        fail(f"{flag(name)} {path}: can't be written ({error.strerror})")
 
 
 def pick_device(name):
