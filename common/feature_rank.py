@@ -55,21 +55,22 @@ def split_layers(all_preactivations, shapes):
     ]
 
 
-def measures_by_layer(all_preactivations, shapes, activation):
+def measures_by_layer(network, shapes, activation):
     """Which layer died: measures of each hidden layer, by `layer{k}/{measure}`, k from 1, and `activation_balance`.
 
     Args:
-        all_preactivations, shapes: as for `split_layers`.
+        network: its `all_preactivations` (N, all units), and `features`, the outputs of the last of its layers.
+        shapes: as for `split_layers`.
         activation: as for `dead_units`.
 
     Returns a dict of 0-dim float64 tensors: dead_units and dormant_fraction of the layer's output, preactivation_norm,
     with Tanh saturated_fraction, the share of outputs beyond ±0.99, and activation_balance, the mean over layers.
     """
-    function, layers = getattr(torch.nn, activation)(), split_layers(all_preactivations, shapes)
+    function, layers = getattr(torch.nn, activation)(), split_layers(network.all_preactivations, shapes)
     measures, balances = {}, []
-    columns = all_preactivations.split([math.prod(shape) for shape in shapes], dim=1) if layers else []
+    columns = network.all_preactivations.split([math.prod(shape) for shape in shapes], dim=1) if layers else []
     for k, (units, whole) in enumerate(zip(layers, columns, strict=True), 1):
-        features = function(units)
+        features = network.features if k == len(layers) and units.shape == network.features.shape else function(units)
         measures[f"layer{k}/dead_units"] = dead_units(features, activation)
         measures[f"layer{k}/dormant_fraction"] = dormant_fraction(features)
         measures[f"layer{k}/preactivation_norm"] = mean_norm(whole)
@@ -89,7 +90,7 @@ def saturated_fraction(features):
     return _nan(x) if _undefined(x) else (x.abs() > 0.99).sum().double() / x.numel()
 
 
-def activation_balance(preactivations, samples=256):
+def activation_balance(preactivations, samples=128):
     """OUI of a layer: how differently two samples switch its units on (Fernández-Hernández et al. 2025, arXiv
     2504.17160; arXiv 2603.09950 reads it at 10 % of a PPO run).
 
@@ -168,7 +169,7 @@ def feature_ranks(features):
     eps = torch.finfo(features.dtype).eps
     scale = x.abs().amax().double()
     divisor = scale.where(scale > 0, 1.0)
-    x = x.double() / divisor  # entries within ±1: squares neither overflow nor all vanish
+    x = x.to(torch.float64, copy=True).div_(divisor)  # entries within ±1: squares neither overflow nor all vanish
 
     if features.dtype == torch.float64:
         # matrix_rank's threshold in float64 lies far below the √ε a Gram matrix resolves.
@@ -214,12 +215,13 @@ def dead_units(features, activation):
     x = _check(features)
     if _undefined(x) or (activation == "Tanh" and len(x) < 2):
         return _nan(x)
+    # Sums and products, since `std` and `all` along a dimension take ten times as long.
     if activation == "Tanh":
-        dead = x.double().std(dim=0) < 0.001
+        dead = _centred_norm(x, dim=0) / math.sqrt(len(x) - 1) < 0.001
     elif activation == "LeakyReLU":
-        dead = (x < 0).all(dim=0)
+        dead = (x >= 0).sum(dim=0) == 0
     else:
-        dead = (x == 0).all(dim=0)
+        dead = (x != 0).sum(dim=0) == 0
     return dead.sum().double()
 
 
@@ -253,7 +255,7 @@ def feature_stats(features):
     return {
         "feature_norm": mean_norm(x),
         "feature_mean": x.mean(dtype=torch.float64),
-        "feature_std": x.double().std(dim=1).mean() if x.shape[1] > 1 else _nan(x),
+        "feature_std": (_centred_norm(x, dim=1) / math.sqrt(x.shape[1] - 1)).mean() if x.shape[1] > 1 else _nan(x),
     }
 
 
@@ -294,7 +296,15 @@ def _check(x):
 
 def _undefined(x):
     # In float64, no sum of smaller floats overflows: it is finite if all of them are, and faster than looking at each.
-    return x.numel() == 0 or not (x if x.dtype == torch.float64 else x.sum(dtype=torch.float64)).isfinite().all()
+    if x.numel() == 0 or x.dtype == torch.float64:
+        return x.numel() == 0 or not x.isfinite().all()
+    return not math.isfinite(x.sum(dtype=torch.float64).item())
+
+
+def _centred_norm(x, dim):
+    """Norm along ``dim`` of what is left of ``x`` when its mean along it is taken off, float64."""
+    x = x.to(torch.float64, copy=True)
+    return torch.linalg.vector_norm(x.sub_(x.mean(dim=dim, keepdim=True)), dim=dim)
 
 
 def _nan(x):

@@ -8,7 +8,6 @@ are differentiable, so that they also serve as a penalty.
 import math
 
 import torch
-import torch.nn.functional as F
 
 
 def ratio_stats(logratio, clip_coef):
@@ -79,9 +78,14 @@ def feature_drift(before, after):
         raise ValueError(f"expected features of shape (samples, units), got {tuple(before.shape)}")
     if before.numel() == 0:
         return {"l2": _nan(before), "cosine": _nan(before)}
-    l2 = torch.linalg.vector_norm(after - before, dtype=torch.float64).square() / before.numel()
-    cosine = F.cosine_similarity(_unit_peak(before), _unit_peak(after), dim=1)  # (N,)
-    return {"l2": l2, "cosine": cosine.mean(dtype=torch.float64)}
+    # Few and small temporaries: fetching fresh pages takes longer than the arithmetic.
+    l2 = _norms(after - before).square().sum() / before.numel()
+    if before.dtype == torch.float64:  # in which products of smaller floats can't over- or underflow
+        before, after = _unit_peak(before), _unit_peak(after)
+    norms = _norms(before) * _norms(after)
+    dots = before.to(torch.float64, copy=True).mul_(after).sum(dim=1)
+    cosine = dots / norms.where(norms != 0, 1.0)  # (N,)
+    return {"l2": l2, "cosine": cosine.mean()}
 
 
 def feature_drifts(before, after):
@@ -173,6 +177,10 @@ def _float32_or_64(x):
 def _prepare(x):
     x = _float32_or_64(x.detach())
     return x.cpu() if x.device.type == "mps" else x
+
+
+def _norms(x):
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
 
 
 def _unit_peak(x):

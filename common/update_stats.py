@@ -138,7 +138,7 @@ class UpdatePhase:
                 start = torch.cat([initial[names[id(p)]].to(p).flatten() for p in network.parameters()])
                 tags[f"{optim}/init_distance"] = (weights - start).norm()
             for when, outputs in (("before", before), ("after", after)):
-                of_layers = measures_by_layer(outputs[name].all_preactivations, shapes[name], activation)
+                of_layers = measures_by_layer(outputs[name], shapes[name], activation)
                 tags |= {f"representation/{when}/{name}/{measure}": x for measure, x in of_layers.items()}
         return {tag: float(x) for tag, x in tags.items()}
 

@@ -72,17 +72,21 @@ def test_layers_are_split_where_they_join():
     first, second = split_layers(joined, [(2, 4, 5), (7,)])
     assert torch.equal(second, linear)
     assert torch.equal(first, torch.stack([conv[n, :, h, w] for n in range(3) for h in range(4) for w in range(5)]))
-    assert split_layers(joined, [(7,)]) == [] and measures_by_layer(joined, [(7,)], "ReLU") == {}
+    assert split_layers(joined, [(7,)]) == []
+    network = SimpleNamespace(all_preactivations=joined, features=linear.relu())
+    assert measures_by_layer(network, [(7,)], "ReLU") == {}
 
 
 def test_measures_of_each_layer():
     joined = torch.tensor([[3.0, 4.0, -1.0, 2.0], [6.0, -8.0, -2.0, 3.0]])
-    found = measures_by_layer(joined, [(2,), (2,)], "ReLU")
+    network = SimpleNamespace(all_preactivations=joined, features=joined[:, 2:].relu())
+    found = measures_by_layer(network, [(2,), (2,)], "ReLU")
     assert found["layer1/dead_units"] == 0 and found["layer2/dead_units"] == 1
     assert found["layer1/dormant_fraction"] == 0 and found["layer2/dormant_fraction"] == 0.5
     assert found["layer1/preactivation_norm"] == 7.5
     assert found["activation_balance"] == pytest.approx((1 + 0) / 2)
-    found = measures_by_layer(joined, [(2,), (2,)], "Tanh")
+    network = SimpleNamespace(all_preactivations=joined, features=joined[:, 2:].tanh())
+    found = measures_by_layer(network, [(2,), (2,)], "Tanh")
     assert found["layer1/saturated_fraction"] == 1 and found["layer2/saturated_fraction"] == 0.25
 
 
