@@ -40,10 +40,12 @@ import tyro
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.func import functional_call
 
 sys.path.append(str(Path(__file__).resolve().parent))  # which python -P leaves out
 from common.arguments import check_range, fail, pick_device
 from common.checkpoint import BadCheckpoint, load_checkpoint
+from common.curvature import gradient_cosine, hessian_max, hessian_product, hessian_trace, ntk, ntk_effective_rank
 from common.feature_rank import RANKS, SIGMAS, dead_units, dormant_fraction, feature_ranks, feature_stats, mean_norm
 from common.run import MAY_DIFFER, git_revision, library_versions, parse_args
 from common.trust_region import categorical_kl, normal_kl
@@ -68,7 +70,9 @@ MEASURES = (
     ),
     *("preactivation_norm", "all_preactivation_norm"),
 )
-LOGGED = (*LOSSES, *(f"{when}/{name}" for when in ("before", "after") for name in MEASURES))
+# Of the checkpoint's own weights; empty in the CSV, and not in the events, where they were not asked for
+CURVATURE = ("ntk_effective_rank", "gradient_cosine", "hessian_max", "hessian_trace")
+LOGGED = (*LOSSES, *CURVATURE, *(f"{when}/{name}" for when in ("before", "after") for name in MEASURES))
 COLUMNS = ("global_step", "network", *LOGGED, "weights_crc32")  # the last says which weights were fitted
 # What a unit that counts as dead does on the data set, and what follows where all of a layer are.
 DEAD = {
@@ -107,6 +111,8 @@ class Args:
     """anneal the learning rate, which is the run's, linearly to 0 over a fit, minibatch by minibatch"""
     max_grad_norm: float = 0.5
     """gradient norm to which each fit is clipped"""
+    curvature: bool = True
+    """measure tangent kernel, gradients and Hessian before each fit, of 64 states on Atari, 128 on MuJoCo"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto takes CUDA, then MPS, then the CPU"""
     name: str = "plasticity"
@@ -208,6 +214,7 @@ class Atari:
     """What the probe needs to know of the scripts with a categorical policy on images."""
 
     num_envs, num_steps, epochs = 1, 36_000, 1  # the paper's data set and fit
+    curvature_states = 64  # a Jacobian of one output on all of them takes 432 MB
 
     @staticmethod
     def agent(script, envs, args):
@@ -247,6 +254,7 @@ class MuJoCo:
     """The same of the scripts with a squashed normal policy on vectors, which the run's own statistics normalise."""
 
     num_envs, num_steps, epochs = 4, 1000, 4
+    curvature_states = 128
 
     @staticmethod
     def agent(script, envs, args):
@@ -325,9 +333,60 @@ def measure(network, obs, activation, device):
     return torch.cat(outputs), {name: float(x) for name, x in measures.items()}, features.shape[1]
 
 
+class Output(nn.Module):
+    """One network of an agent, for ``functional_call``, which takes modules alone."""
+
+    def __init__(self, agent, name):
+        super().__init__()
+        self.agent, self.network = agent, {"actor": "policy", "critic": "value"}[name]
+
+    def forward(self, obs):
+        return getattr(self.agent, self.network)(obs, False).output
+
+
+def as_function(agent, name):
+    """One network as a function of its parameters and observations, and its parameters by name.
+
+    Layers that learn from what passes through them, as BatchNorm, are as in evaluation: there is no sample by sample
+    otherwise.
+    """
+    module = Output(copy.deepcopy(agent).eval(), name)
+    own = set(map(id, module.agent.networks()[name].parameters()))
+    parameters = {key: p.detach() for key, p in module.named_parameters() if id(p) in own}
+    return (lambda parameters, obs: functional_call(module, parameters, (obs,))), parameters
+
+
+def curvature(agent, name, obs, target, plan, seed, device):
+    """CURVATURE by name, of the network as it is and the loss of a fit to ``target`` (N, …), on some of ``obs`` (N, …).
+
+    Which states, and what the estimates draw, depends on ``seed`` alone: it is the same for all checkpoints.
+    """
+    generator = torch.Generator().manual_seed(stream(seed, "curvature"))
+    chosen = torch.randperm(len(obs), generator=generator)[: plan.kind.curvature_states]
+    obs, target = obs[chosen].to(device), target[chosen].to(device)
+    function, parameters = as_function(agent, name)
+
+    def loss(parameters, obs, target):
+        return loss_of(plan, name)(plan.script, target, function(parameters, obs))
+
+    product = hessian_product(lambda parameters: loss(parameters, obs, target).mean(), parameters)
+    measures = (
+        ntk_effective_rank(ntk(function, parameters, obs)),
+        gradient_cosine(loss, parameters, obs, target),
+        hessian_max(product, parameters, generator),
+        hessian_trace(product, parameters, generator),
+    )
+    return {name: x.item() for name, x in zip(CURVATURE, measures, strict=True)}
+
+
 def squared_error(script, target, output):
     """The squared error (N,) of values (N, 1)."""
     return (output - target).square().squeeze(1)
+
+
+def loss_of(plan, name):
+    """``loss(script, target, output)`` of a network by name, (N,)."""
+    return {"actor": plan.kind.kl, "critic": squared_error}[name]
 
 
 def fit(network, parameters, obs, target, loss, plan, args, generator, device):
@@ -358,7 +417,8 @@ def fit(network, parameters, obs, target, loss, plan, args, generator, device):
 
 def stream(seed, purpose):
     """A seed for one purpose: what one of them draws doesn't depend on whether the others draw."""
-    return int(np.random.SeedSequence([seed, ("data", "actor", "critic").index(purpose)]).generate_state(1)[0])
+    purposes = ("data", "actor", "critic", "curvature")
+    return int(np.random.SeedSequence([seed, purposes.index(purpose)]).generate_state(1)[0])
 
 
 @dataclass
@@ -526,10 +586,13 @@ def read_results(folder):
     try:
         with open(path, newline="") as file:
             reader = csv.reader(file)
-            if tuple(next(reader)) != COLUMNS:
+            columns = tuple(next(reader))
+            # Before they were measured, the columns weren't there.
+            if columns not in (COLUMNS, tuple(x for x in COLUMNS if x not in CURVATURE)):
                 raise ValueError
-            rows = [dict(zip(COLUMNS, row, strict=True)) for row in reader]
+            rows = [dict.fromkeys(COLUMNS, "") | dict(zip(columns, row, strict=True)) for row in reader]
         kinds = {"network": str, "global_step": int, "weights_crc32": int}
+        kinds |= dict.fromkeys(CURVATURE, lambda x: float(x) if x else None)
         rows = [{key: kinds.get(key, float)(x) for key, x in row.items()} for row in rows]
         return {(row["global_step"], row["network"]): row for row in rows}
     except (OSError, ValueError, StopIteration):
@@ -550,7 +613,8 @@ def write_results(folder, settings, rows, key, made):
         step, network = key
         events = RecordWriter(file)
         events.write(Event(wall_time=made, file_version="brain.Event:2").SerializeToString())
-        values = [Summary.Value(tag=f"plasticity/{network}/{name}", simple_value=rows[key][name]) for name in LOGGED]
+        values = [Summary.Value(tag=f"plasticity/{network}/{name}", simple_value=rows[key][name]) for name in LOGGED
+                  if rows[key][name] is not None]  # fmt: skip
         events.write(Event(wall_time=made, step=step, summary=Summary(value=values)).SerializeToString())
 
     def write_table(file):
@@ -596,9 +660,12 @@ def probe_network(name, agent, obs, target, plan, args, device):
     """Fit one network of ``agent`` to ``target`` (N, …) on ``obs`` (N, …); returns the CSV's row but for its step."""
     start = time.time()
     network, parameters = separate(agent, name)
-    loss = {"actor": plan.kind.kl, "critic": squared_error}[name]
+    loss = loss_of(plan, name)
     generator = torch.Generator().manual_seed(stream(args.seed, name))
     initial, before, num_units = measure(network, obs, plan.run_args.activation, device)
+    curved = dict.fromkeys(CURVATURE)
+    if args.curvature:
+        curved = curvature(agent, name, obs, target, plan, args.seed, device)
     losses = fit(network, parameters, obs, target, loss, plan, args, generator, device)
     final, after, _ = measure(network, obs, plan.run_args.activation, device)
     row = {
@@ -607,6 +674,7 @@ def probe_network(name, agent, obs, target, plan, args, device):
         "final_loss": loss(plan.script, target, final).mean(dtype=torch.float64).item(),
         "last_minibatch_loss": losses[-1],
         "loss_auc": math.fsum(losses) / len(losses),
+        **curved,
         **{f"before/{measure}": x for measure, x in before.items()},
         **{f"after/{measure}": x for measure, x in after.items()},
     }
@@ -644,7 +712,13 @@ def probe(plan, args, device):
     steps = {"first": int(plan.first.stem), "last": int(plan.paths[-1].stem)}
     steps = [steps[which] if which in steps else int(which) for which in args.checkpoints]
     paths = [path for path in plan.paths if not steps or int(path.stem) in steps]
-    finished = sum(all((int(path.stem), name) in rows for name in args.networks) for path in paths)
+
+    def finished_with(step, name):
+        """A fit from before the measures of curvature, or without them, gets these alone."""
+        row = rows.get((step, name))
+        return row is not None and not (args.curvature and None in row.values())
+
+    finished = sum(all(finished_with(int(path.stem), name) for name in args.networks) for path in paths)
     print(f"{plan.run}: {len(paths)} checkpoints of {plan.script.__name__}.py, {finished} finished before", flush=True)
     if plan.defaults:
         print(f"  the run is from before these flags, and is probed with {', '.join(plan.defaults)}", flush=True)
@@ -666,7 +740,7 @@ def probe(plan, args, device):
                 if rows.get((step, name), {"weights_crc32": crc})["weights_crc32"] != crc:
                     print(f"step {step:,}: the {name} fitted before was that of another checkpoint", flush=True)
                     del rows[step, name]
-            names = [name for name in args.networks if (step, name) not in rows]
+            names = [name for name in args.networks if not finished_with(step, name)]
             if not names:
                 continue
             if obs is None or args.data == "each":
@@ -684,8 +758,12 @@ def probe(plan, args, device):
             continue
         print(f"step {step:,}", flush=True)
         for name in names:
-            row = probe_network(name, agent, obs, targets[name], plan, args, device)
-            rows[step, name] = {"global_step": step, **row, "weights_crc32": crc}
+            if (step, name) in rows:
+                print(f"  {name:6}: fitted before; its tangent kernel, gradients and Hessian are added", flush=True)
+                rows[step, name] |= curvature(agent, name, obs, targets[name], plan, args.seed, device)
+            else:
+                row = probe_network(name, agent, obs, targets[name], plan, args, device)
+                rows[step, name] = {"global_step": step, **row, "weights_crc32": crc}
             write_results(folder, plan.settings, rows, (step, name), path.stat().st_mtime)
     return well
 
