@@ -11,10 +11,10 @@ times BUDGET of memory, and everything else a few times that of the parameters.
 import math
 
 import torch
-from torch.func import grad, jacrev, vjp, vmap
+from torch.func import grad, vjp, vmap
 
 BUDGET = 2**29  # bytes of a block of Jacobians: 64 states of Nature's network, 1.7 M parameters, are 432 MB
-AT_ONCE = 2**26  # bytes of those that one call of vmap makes
+AT_ONCE = 2**25  # bytes of those that one call of vmap makes
 MANY = 2**22  # bytes of the vectors that meet the Hessian at once; for networks beyond it, one by one is faster
 
 
@@ -34,37 +34,29 @@ def ntk(function, parameters, obs):
     """
     with torch.no_grad():
         num_outputs = function(parameters, obs[:1]).shape[1]
-    itemsize = next(iter(parameters.values())).element_size()
-    of_output = itemsize * _size(parameters)  # bytes of a Jacobian of one output on one state
-    group = max(1, min(num_outputs, BUDGET // (of_output * len(obs))))
-    blocks = torch.arange(len(obs)).split(max(1, BUDGET // (of_output * group)))
+    blocks = torch.arange(len(obs)).split(max(1, BUDGET // _bytes(parameters)))
     kernel = torch.zeros((len(obs), len(obs)), dtype=torch.float64)
-    for first in range(0, num_outputs, group):
-        outputs = slice(first, first + group)
+    for k in range(num_outputs):
         for i, rows in enumerate(blocks):
-            of_rows = _jacobian(function, parameters, obs[rows.to(obs.device)], outputs, of_output)
-            kernel[rows[0] : rows[-1] + 1, rows] += (of_rows @ of_rows.T).double().cpu()
+            of_rows = _jacobian(function, parameters, obs[rows.to(obs.device)], k)
+            kernel[rows[0] : rows[-1] + 1, rows] += (of_rows @ of_rows.T).cpu().double()
             for columns in blocks[:i]:
-                of_columns = _jacobian(function, parameters, obs[columns.to(obs.device)], outputs, of_output)
-                product = (of_rows @ of_columns.T).double().cpu()
+                of_columns = _jacobian(function, parameters, obs[columns.to(obs.device)], k)
+                product = (of_rows @ of_columns.T).cpu().double()
                 kernel[rows[0] : rows[-1] + 1, columns] += product
                 kernel[columns[0] : columns[-1] + 1, rows] += product.T
     return kernel
 
 
-def _jacobian(function, parameters, obs, outputs, of_output):
-    """Of some ``outputs``, a slice: (N, their number · P)."""
-    of_state = vmap(jacrev(lambda parameters, x: function(parameters, x.unsqueeze(0))[0, outputs]), (None, 0))
-    parts, made = None, 0
-    size = max(1, AT_ONCE // (of_output * (outputs.stop - outputs.start)))
-    for part in obs.split(size):
-        columns = [x.flatten(2) for x in of_state(parameters, part).values()]  # (n, outputs, p) each
-        joined = torch.cat(columns, dim=2).flatten(1)
-        if parts is None:
-            parts = joined.new_empty((len(obs), joined.shape[1]))
-        parts[made : made + len(part)] = joined
-        made += len(part)
-    return parts
+def _jacobian(function, parameters, obs, k):
+    """Gradients (N, P) of output ``k``."""
+    like = next(iter(parameters.values()))
+    jacobian = like.new_empty((len(obs), _size(parameters)))  # filled piece by piece: to join them takes twice as much
+    of_sample = vmap(grad(lambda parameters, x: function(parameters, x.unsqueeze(0))[0, k]), (None, 0))
+    size = max(1, AT_ONCE // _bytes(parameters))
+    for rows, part in zip(jacobian.split(size), obs.split(size), strict=True):
+        torch.cat([x.flatten(1) for x in of_sample(parameters, part).values()], dim=1, out=rows)
+    return jacobian
 
 
 def ntk_effective_rank(kernel, eps=2**-23):
@@ -104,7 +96,7 @@ def gradient_cosine(loss, parameters, obs, target):
     out: NaN where fewer than two samples have one, or a gradient is not finite.
     """
     of_sample = vmap(grad(lambda p, x, y: loss(p, x.unsqueeze(0), y.unsqueeze(0))[0]), (None, 0, 0))
-    size = max(1, AT_ONCE // (next(iter(parameters.values())).element_size() * _size(parameters)))
+    size = max(1, AT_ONCE // _bytes(parameters))
     total, count, finite = 0.0, 0, True
     for x, y in zip(obs.split(size), target.split(size), strict=True):
         gradients = torch.cat([g.flatten(1) for g in of_sample(parameters, x, y).values()], dim=1)
@@ -184,7 +176,7 @@ def hessian_trace(product, parameters, generator, draws=50):
     Exact for a diagonal Hessian; else its variance is 2 Σ_{i≠j} H_ij² / ``draws``. NaN for a Hessian that isn't finite.
     """
     like, total = next(iter(parameters.values())), 0.0
-    size = max(1, min(draws, MANY // (like.element_size() * _size(parameters))))
+    size = max(1, min(draws, MANY // _bytes(parameters)))
     for first in range(0, draws, size):
         shape = (min(size, draws - first), _size(parameters))
         signs = torch.randint(2, shape, generator=generator, dtype=torch.int8).to(like) * 2 - 1
@@ -195,6 +187,10 @@ def hessian_trace(product, parameters, generator, draws=50):
 
 def _size(parameters):
     return sum(x.numel() for x in parameters.values())
+
+
+def _bytes(parameters):
+    return sum(x.numel() * x.element_size() for x in parameters.values())
 
 
 def _dot(x, y):
