@@ -97,6 +97,7 @@ OTHERS = {
         "num_envs": [*SIZE, "1025"],
         "max_samples": SIZE,
         "epochs": SIZE,
+        "curvature": SWITCH,
         "name": [*NAMES[:5], "checkpoints", ".hidden"],
     },
     "toy_problem": {

@@ -21,7 +21,7 @@ import plasticity_probe
 import ppo_mujoco
 import ppo_pfo_atari
 from common.feature_rank import feature_ranks, mean_norm
-from plasticity_probe import LOGGED, MEASURES, Args, Atari, MuJoCo
+from plasticity_probe import CURVATURE, LOGGED, MEASURES, Args, Atari, MuJoCo
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = np.load(Path(__file__).parent / "golden" / "reference.npz")
@@ -153,8 +153,11 @@ def run(trained, tmp_path):
 
 
 def probe(*runs, **flags):
-    """Probe in this process; returns whether all was well, and raises SystemExit where nothing could be done."""
-    args = Args(runs=runs, device="cpu", **{"max_samples": 150, **flags})
+    """Probe in this process; returns whether all was well, and raises SystemExit where nothing could be done.
+
+    Without curvature, which takes most of the time where fits are this short.
+    """
+    args = Args(runs=runs, device="cpu", **{"max_samples": 150, "curvature": False, **flags})
     plasticity_probe.check_args(args)
     code = plasticity_probe.probe_runs(args, CPU)
     if code == 2:
@@ -172,7 +175,9 @@ def program(*flags, code=0):
 def table(run, name="plasticity"):
     with open(run / name / "plasticity.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    return {(int(row["global_step"]), row["network"]): {key: float(row[key]) for key in LOGGED} for row in rows}
+    return {
+        (int(row["global_step"]), row["network"]): {key: float(row[key]) for key in LOGGED if row[key]} for row in rows
+    }
 
 
 def events(run, name="plasticity"):
@@ -185,10 +190,12 @@ def events(run, name="plasticity"):
 @pytest.mark.parametrize("script", RUNS)
 def test_a_probe_of_a_run(run, script, capsys):
     folder = run(script)
-    out = program(folder, "--max-samples", "150").stdout
+    curved = script == "ppo_mujoco"
+    out = program(folder, "--max-samples", "150", *([] if curved else ["--no-curvature"])).stdout
     rows, logged = table(folder), events(folder)
     assert list(rows) == [(step, name) for step in STEPS[script] for name in ("actor", "critic")]
-    assert set(logged) == {f"plasticity/{name}/{key}" for name in ("actor", "critic") for key in LOGGED}
+    assert set(logged) == {f"plasticity/{name}/{key}" for name in ("actor", "critic") for key in LOGGED
+                           if curved or key not in CURVATURE}  # fmt: skip
     for (step, network), row in rows.items():
         assert all(map(np.isfinite, row.values()))
         assert 0 < row["final_loss"] < row["initial_loss"]
@@ -203,10 +210,108 @@ def test_a_probe_of_a_run(run, script, capsys):
 
     # Started anew it fits nothing, and into an empty folder everything to the bit.
     written = {path.name: path.read_bytes() for path in (folder / "plasticity").iterdir()}
-    assert probe(folder) and "4 finished before" in capsys.readouterr().out
+    assert probe(folder, curvature=curved) and "4 finished before" in capsys.readouterr().out
     assert written == {path.name: path.read_bytes() for path in (folder / "plasticity").iterdir()}
-    assert probe(folder, name="again")
+    assert probe(folder, name="again", curvature=curved)
     assert written == {path.name: path.read_bytes() for path in (folder / "again").iterdir()}
+
+
+def test_curvature_in_a_probe_against_loops(run):
+    """Of the states that the seed chose, by plain autograd: tangent kernel, pairs of gradients, products with H."""
+    folder = run()
+    assert probe(folder, seed=3, checkpoints=("last",), curvature=True)
+    args = Args(runs=(folder,), seed=3, max_samples=150)
+    plan = plasticity_probe.make_plan(folder, args, CPU)
+    random_agent = plasticity_probe.new_agent(plan.script, plan.kind, plan.run_args, 27, CPU)
+    obs = plasticity_probe.collect(
+        *plasticity_probe.load_agent(plan.first, plan, random_agent), plan, plasticity_probe.stream(3, "data"), CPU
+    )
+    agent, _ = plasticity_probe.load_agent(plan.paths[-1], plan, random_agent)
+
+    def flat(tensors):
+        return torch.cat([x.flatten() for x in tensors])
+
+    for name, loss in (("actor", lambda x, y: ppo_mujoco.policy_kl(y, x)), ("critic", lambda x, y: (x - y)[:, 0] ** 2)):
+        generator = torch.Generator().manual_seed(plasticity_probe.stream(3, "curvature"))
+        states = obs[torch.randperm(len(obs), generator=generator)[:128]]
+        network, wanted = getattr(agent, name), getattr(random_agent, name)(states, False).output.detach()
+        weights = list(network.parameters())
+        kernel, gradients = 0, []
+        for k in range(wanted.shape[1]):
+            rows = [flat(torch.autograd.grad(network(x[None], False).output[0, k], weights)) for x in states]
+            kernel = kernel + (torch.stack(rows) @ torch.stack(rows).T).double()
+        for x, y in zip(states, wanted, strict=True):
+            each = torch.autograd.grad(loss(network(x[None], False).output, y[None])[0], weights)
+            gradients.append(torch.nn.functional.normalize(flat(each).double(), dim=0))
+        shares = torch.linalg.eigvalsh(kernel).clamp_min(0)
+        shares = shares / shares.sum()
+        cosines = torch.stack(gradients) @ torch.stack(gradients).T
+        graph = flat(
+            torch.autograd.grad(loss(network(states, False).output, wanted).mean(), weights, create_graph=True)
+        )
+
+        def times(v, graph=graph, weights=weights):
+            return flat(torch.autograd.grad(graph @ v, weights, retain_graph=True))
+
+        vector = torch.randn(len(graph), generator=generator)
+        for _ in range(20):
+            vector = vector / vector.norm()
+            vector, value = times(vector), vector @ times(vector)
+        signs = torch.randint(2, (50, len(graph)), generator=generator, dtype=torch.int8) * 2.0 - 1
+        row = table(folder)[384, name]
+        assert row["ntk_effective_rank"] == pytest.approx(torch.special.entr(shares).sum().exp().item(), rel=1e-2)
+        assert row["gradient_cosine"] == pytest.approx((cosines.sum().item() - 128) / (128 * 127), abs=1e-4)
+        assert row["hessian_max"] == pytest.approx(value.item(), rel=1e-3)
+        assert row["hessian_trace"] == pytest.approx(np.mean([(v @ times(v)).item() for v in signs]), rel=1e-3)
+
+
+@pytest.mark.parametrize("script, network", [("ppo_atari", "critic"), ("ppo_mujoco", "actor")])
+def test_curvature_is_added_to_fits_that_lack_it(run, script, network, monkeypatch, capsys):
+    """Of an older revision, whose table had no such columns, or without it: nothing is fitted again."""
+    monkeypatch.setattr(Atari, "curvature_states", 3)
+    folder, whole, flags = run(script), run(script, "whole"), {"networks": (network,), "checkpoints": ("first", "last")}
+    assert probe(whole, curvature=True, **flags)
+    assert all(np.isfinite(row[key]) for row in table(whole).values() for key in CURVATURE)
+    assert probe(folder, **flags)
+    path, wanted = folder / "plasticity" / "plasticity.csv", (whole / "plasticity" / "plasticity.csv").read_bytes()
+    skipped = path.read_bytes()
+    assert all(set(row) == set(LOGGED) - set(CURVATURE) for row in table(folder).values())
+    assert not {tag.split("/")[-1] for tag in events(folder)} & set(CURVATURE)
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    older = [name for name in plasticity_probe.COLUMNS if name not in CURVATURE]
+    for case in (None, older):
+        path.write_bytes(skipped)
+        if case:
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, case, lineterminator="\n", extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(rows)
+        monkeypatch.setattr(plasticity_probe, "fit", None)
+        before = path.read_bytes()
+        assert probe(folder, **flags) and path.read_bytes() == before
+        capsys.readouterr()
+        assert probe(folder, curvature=True, **flags)
+        said = capsys.readouterr().out
+        assert "0 finished before" in said and said.count(f"{network:6}: fitted before; its tangent kernel") == 2
+        assert path.read_bytes() == wanted and events(folder) == events(whole)
+        assert probe(folder, curvature=True, **flags) and "2 finished before" in capsys.readouterr().out
+    path.write_bytes(skipped.replace(b",,", b",much,", 1))
+    assert not probe(folder, whole, **flags) and "is not as the probe wrote it" in capsys.readouterr().err
+
+
+def test_curvature_of_a_shared_trunk_is_that_of_each_network():
+    """Its parameters are the trunk's and the network's own output, once each, in every way of sharing."""
+    for args in (ppo_mujoco.Args(share_features=True), ppo_mujoco.Args()):
+        agent = ppo_mujoco.Agent(5, -np.ones(2), np.ones(2), args)
+        for name in ("actor", "critic"):
+            function, parameters = plasticity_probe.as_function(agent, name)
+            assert sum(x.numel() for x in parameters.values()) == sum(
+                x.numel() for x in agent.networks()[name].parameters()
+            )
+            obs = torch.randn(4, 6)
+            assert function(parameters, obs).equal(agent.networks()[name](obs, False).output)
+            assert function({key: 0 * x for key, x in parameters.items()}, obs).eq(0).all()
 
 
 def test_neither_network_needs_the_other_and_checkpoints_come_in_any_order(run):
