@@ -714,7 +714,7 @@ def probe(plan, args, device):
     paths = [path for path in plan.paths if not steps or int(path.stem) in steps]
 
     def finished_with(step, name):
-        """A fit from before the measures of curvature, or without them, gets these alone."""
+        """Whether nothing is to be done; a fit from before the measures of curvature, or without, gets these alone."""
         row = rows.get((step, name))
         return row is not None and not (args.curvature and None in row.values())
 
