@@ -2,11 +2,12 @@
 
     python -m benchmark.alarms --runs benchmark/results/mujoco/ --output benchmark/results/alarms
 
-Writes alarms.md, auc.csv, alarms.csv and roc.png. A run is lost from the step on at which its return stays below half
-of its maximum (`benchmark.measures.collapse`). The runs, sorted by setting and seed, are halved: thresholds are chosen
-on the first, third, …, and all numbers are of the second, fourth, …. Every value is one that was known at its step: the
-past of a run decides, never its future. Intervals are 95 % percentile bootstraps over runs, not over the points of
-curves, which are not independent. Exit codes: 0, 1 if a half lacks runs that were lost, 2 for a wrong command line.
+Writes alarms.md, auc.csv, early.csv, alarms.csv and roc.png. A run is lost from the step on at which its return stays
+below half of its maximum (`benchmark.measures.collapse`). The runs, sorted by setting and seed, are halved:
+thresholds are chosen on the first, third, …, and all numbers are of the second, fourth, …, but those of 10 % of
+training, which are of all, since nothing is chosen for them. Every value is one that was known at its step: the past
+of a run decides, never its future. Intervals are 95 % percentile bootstraps over runs, not over the points of curves,
+which are not independent. Exit codes: 0, 1 if a half lacks runs that were lost, 2 for a wrong command line.
 """
 
 import math
@@ -33,6 +34,8 @@ NOT_BLIND = (
     "the rule for ties and the candidates for *rank* were set with all of these runs in view, so that what is judged "
     "here is somewhat better than what a new study would see."
 )
+EARLY = 0.1  # share of training at which OUI is to know what becomes of a run (arXiv 2603.09950)
+UNLOGGED = "not logged in these runs"
 HORIZONS = (0.05, 0.1, 0.2)  # shares of training: 0.25, 0.5 and 1 M of 5 M steps
 UNITS = {"MuJoCo": 64, "Atari": 512}  # of the last hidden layer, where a run doesn't say
 NORM, DEAD = "representation/after/actor/preactivation_norm", "representation/after/actor/dead_units"
@@ -50,6 +53,8 @@ OTHERS = {
     "policy variance": (VARIANCE, lambda x, first, largest: x / first),
     "ratio below 1 − ε": ("trust_region/ratio_below_mean", lambda x, first, largest: -x),
     "norm, as it is": (NORM, lambda x, first, largest: x),
+    # Those who read it early saw the best runs with a high one of the actor, and one of the critic that is neither high
+    # nor low: an area below 0.5 of the critic's says that a high one is the bad sign.
     "actor's OUI": ("representation/after/actor/activation_balance", lambda x, first, largest: -x),
     "critic's OUI": ("representation/after/critic/activation_balance", lambda x, first, largest: -x),
 }
@@ -157,12 +162,46 @@ def auc(tolds, name, horizon, rng, resamples):
             negative = np.sort(negative)
             below, upto = (np.searchsorted(negative, positive, side) for side in ("left", "right"))
             wins[i, j], pairs[i, j] = (below + upto).sum() / 2, len(positive) * len(negative)
+    return share_won(wins, pairs, rng, resamples)
+
+
+def share_won(wins, pairs, rng, resamples):
+    """The share of pairs that are won, and its interval, a bootstrap over runs; NaN without pairs.
+
+    wins, pairs: (R, R), of the pairs that run i and run j make, in this order, how many i wins, and how many there are.
+    """
     if not pairs.sum():
         return math.nan, math.nan, math.nan
-    counts = rng.multinomial(len(parts), np.full(len(parts), 1 / len(parts)), size=resamples).astype(float)
+    counts = rng.multinomial(len(pairs), np.full(len(pairs), 1 / len(pairs)), size=resamples).astype(float)
     with np.errstate(invalid="ignore"):  # a sample of runs may have no pairs
         areas = np.einsum("ri,ij,rj->r", counts, wins, counts) / np.einsum("ri,ij,rj->r", counts, pairs, counts)
     return wins.sum() / pairs.sum(), *np.nanpercentile(areas, (2.5, 97.5))
+
+
+def early(tolds, name, rng, resamples):
+    """What a measure at EARLY of training says of what becomes of a run, of those that have it and are not lost yet.
+
+    Returns a dict: runs, how many of them are lost afterwards, and two shares of pairs in which the run that fares
+    worse has the worse score, with their intervals: `auc` of those lost afterwards and those never lost (area under
+    the ROC of runs; NaN with fewer than two of either, on which no interval could stand), `concordance` of any two of
+    which one is lost before the other (Harrell's, in shares of training).
+    """
+    scores, losts = [], []
+    for told in tolds:
+        known = np.flatnonzero(told.steps <= EARLY * told.total)
+        coming = math.inf if told.lost is None else told.lost
+        if len(known) and not np.isnan(told.scores[name][known[-1]]) and coming > told.steps[known[-1]]:
+            scores.append(told.scores[name][known[-1]])
+            losts.append(coming / told.total)
+    scores, losts = np.array(scores), np.array(losts)
+    wins = (scores[:, None] > scores) + (scores[:, None] == scores) / 2.0
+    found = {"runs": len(scores), "lost": int(np.isfinite(losts).sum())}
+    sooner = (losts[:, None] < losts).astype(float)
+    apart = sooner * np.isinf(losts) * (min(found["lost"], found["runs"] - found["lost"]) > 1)
+    for share_of, pairs in (("auc", apart), ("concordance", sooner)):
+        found |= dict(zip((share_of, f"{share_of}_low", f"{share_of}_high"),
+                          share_won(wins * pairs, pairs, rng, resamples), strict=True))  # fmt: skip
+    return found
 
 
 def chosen_limits(runs, horizon=HORIZONS[-1]):
@@ -243,15 +282,29 @@ def draw(tolds, folder):
         plt.close(figure)
 
 
-def report(chosen, judged, limits, areas, unlogged, rng, resamples):
+def interval(x, low, high):
+    return "–" if math.isnan(x) else f"{x:.2f} ({low:.2f} to {high:.2f})"
+
+
+def early_table(table):
+    """Of each measure a row of Markdown cells, the best first; ``table`` has what ``early`` gives, by measure."""
+    rows = []
+    for name, of in table.sort_values(["concordance", "runs"], ascending=False, kind="stable").iterrows():
+        areas = [interval(*of[[part, f"{part}_low", f"{part}_high"]]) for part in ("auc", "concordance")]
+        rows.append((name, f"{of.lost:.0f} of {of.runs:.0f}", *areas) if of.runs else (name, UNLOGGED, "", ""))
+    return rows
+
+
+def report(chosen, judged, limits, areas, soon, rng, resamples):
     """The text of alarms.md."""
     lost = [sum(told.lost is not None for told in half) for half in (chosen, judged)]
     head = ("measure", *(f"within {100 * horizon:.0f} %" for horizon in HORIZONS))
-    best = areas.pivot_table(index="measure", columns="horizon", values="auc").sort_values(0.1, ascending=False)
+    at_10 = areas[areas.horizon == 0.1].sort_values("auc", ascending=False, kind="stable")  # NaN last
     rows = []
-    for name in best.index:
+    for name in at_10.measure:
         of = areas[areas.measure == name].set_index("horizon")
-        rows.append((name, *(f"{of.auc[h]:.2f} ({of.low[h]:.2f} to {of.high[h]:.2f})" for h in HORIZONS)))
+        logged = any(not np.isnan(told.scores[name]).all() for told in judged)
+        rows.append((name, *(interval(*of.loc[h, ["auc", "low", "high"]]) if logged else UNLOGGED for h in HORIZONS)))
     steps = [f"{told.lost / 1e6:.2f} M" for told in judged if told.lost]
     ended = [told for told in judged if told.stopped is not None]
     back = [told for told in ended if told.kept >= 0.5]
@@ -273,7 +326,6 @@ def report(chosen, judged, limits, areas, unlogged, rng, resamples):
         "Of every point before the loss: does it come within so much of training? 0.5 is chance; *share of training* "
         "is what a clock alone knows.",
         markdown(head, rows),
-        f"Without an area, since the runs did not log them: {', '.join(unlogged) or 'none'}.",
         "![ROC](roc.png)",
         "## Alarms",
         markdown(alarms, alarm_table(judged, limits, rng, resamples)),
@@ -285,6 +337,17 @@ def report(chosen, judged, limits, areas, unlogged, rng, resamples):
         NOT_BLIND,
         "A negative number of steps is a ring after the loss, which is the case of an alarm that tells it, not of one "
         "that announces it.",
+        f"## At {100 * EARLY:.0f} % of training",
+        f"Does what a measure is at {100 * EARLY:.0f} % of training say what becomes of a run, as arXiv 2603.09950 "
+        "has it of OUI? Of all runs, of both halves, that were not lost by then: share of pairs, of a run that is "
+        "lost afterwards and one that never is, in which the first has the worse value (the area under the ROC of "
+        "runs; – with fewer than two of either), and of pairs in which one is lost sooner than the other "
+        "(concordance). 0.5 is chance; below it, the other sign would be the worse. Runs of all settings are "
+        "compared with each other. Worse is a low OUI; of the critic's, of which that paper finds the middle "
+        "best, these shares say no more than which side is worse.",
+        markdown(
+            ("measure", "lost afterwards", "lost or never: area", "sooner or later: concordance"), early_table(soon)
+        ),
         "## `--stop-on collapse`",
         f"It would have ended {share(len(ended), len(judged))} of the judged runs"
         + (f", {np.median(saved):.0f} % of training (median) before their end" if ended else "")
@@ -299,7 +362,7 @@ class Args:
     runs: tuple[str, ...] = ("runs",)
     """run folders, folders of runs, files of benchmark.logs, the paper's CSV logs, or quoted patterns of these"""
     output: Path = Path("alarms")
-    """folder of alarms.md, auc.csv, alarms.csv and roc.png"""
+    """folder of alarms.md, auc.csv, early.csv, alarms.csv and roc.png"""
     resamples: int = 10_000
     """bootstrap samples of each interval"""
     seed: int = 0
@@ -330,10 +393,13 @@ if __name__ == "__main__":
     names = (*dict.fromkeys((*WATCHED, *OTHERS)), "share of training")
     areas = [(name, h, *auc(judged, name, h, rng, args.resamples)) for name in names for h in HORIZONS]
     areas = pd.DataFrame(areas, columns=("measure", "horizon", "auc", "low", "high"))
-    unlogged = sorted({name for name in names if areas[areas.measure == name].auc.isna().any()})
-    areas = areas[~areas.measure.isin(unlogged)]
     with writing(args.output / "auc.csv") as path:
-        areas.to_csv(path, index=False, float_format="%.4g")
+        areas.dropna().to_csv(path, index=False, float_format="%.4g")
+    soon_rng = np.random.default_rng(args.seed)  # of its own: what else is drawn doesn't depend on it
+    soon = {name: early(chosen + judged, name, soon_rng, args.resamples) for name in names[:-1]}  # a clock says nothing
+    soon = pd.DataFrame.from_dict(soon, orient="index")
+    with writing(args.output / "early.csv") as path:
+        soon[soon.runs > 0].to_csv(path, index_label="measure", float_format="%.4g")
     rows = [
         {"run": told.name, "half": half, "lost": told.lost, **told.rings, "stopped": told.stopped, "kept": told.kept}
         for half, tolds in (("chosen on", chosen), ("judged", judged))
@@ -341,7 +407,7 @@ if __name__ == "__main__":
     ]
     with writing(args.output / "alarms.csv") as path:
         pd.DataFrame(rows).to_csv(path, index=False, float_format="%.6g")
-    text = report(chosen, judged, limits, areas, unlogged, rng, args.resamples)
+    text = report(chosen, judged, limits, areas, soon, rng, args.resamples)
     with writing(args.output / "alarms.md") as path:
         path.write_text(text, encoding="utf-8")
     draw(judged, args.output)

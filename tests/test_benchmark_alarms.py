@@ -11,7 +11,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmark.alarms import HORIZONS, Told, alarm_table, auc, labelled, lead, roc, share
+from benchmark.alarms import (
+    HORIZONS,
+    OTHERS,
+    Told,
+    alarm_table,
+    auc,
+    early,
+    early_table,
+    labelled,
+    lead,
+    roc,
+    share,
+    tell,
+)  # fmt: skip
+from benchmark.logs import DIAGNOSED, RETURN, TAGS, Run
 from common.alarms import ALARMS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +67,58 @@ def test_area_of_a_perfect_measure_and_of_none():
     assert np.isnan(auc([made(STEPS, None)], "x", 0.2, rng, 100)).all()
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 999))
+def test_early_shares_are_those_of_pairs(seed):
+    """At 10 % of training, of runs that are not lost by then and have the measure."""
+    rng = np.random.default_rng(seed)
+    losts = [None, None, 50, 100, *rng.integers(101, 900, 6).tolist()]
+    scores = rng.integers(0, 5, len(losts)).astype(float)
+    tolds = [made(np.where(STEPS <= 100, score, rng.random(len(STEPS))), lost)
+             for score, lost in zip(scores, losts, strict=True)]  # fmt: skip
+    tolds.append(made(np.where(STEPS <= 100, math.nan, 1.0), 500))  # logged too late
+    known = [(score, lost or math.inf) for score, lost in zip(scores, losts, strict=True) if lost not in (50, 100)]
+    found = early(tolds, "x", np.random.default_rng(0), 100)
+    assert (found["runs"], found["lost"]) == (8, 6)
+    for name, pairs in (
+        ("auc", [(x, y) for x, lost in known for y, other in known if lost < math.inf == other]),
+        ("concordance", [(x, y) for x, lost in known for y, other in known if lost < other]),
+    ):
+        assert found[name] == pytest.approx(np.mean([(x > y) + (x == y) / 2 for x, y in pairs]))
+        assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"]
+
+
+def test_early_shares_without_runs_to_tell_apart():
+    """All lost: sooner or later still is a question. A single one that isn't carries no interval."""
+    rng, worse = np.random.default_rng(0), [made(1000 - lost + 0 * STEPS, lost) for lost in (300, 500, 700)]
+    for tolds in (worse, [*worse, made(0 * STEPS, None)]):
+        found = early(tolds, "x", rng, 100)
+        assert math.isnan(found["auc"]) and found["concordance"] == 1 and found["lost"] == 3
+    found = early([*worse, made(0 * STEPS, None), made(999 + 0 * STEPS, None)], "x", rng, 100)
+    assert found["auc"] == 0.5 and found["concordance"] == pytest.approx(6 / 9)
+    unlogged = early([made(math.nan * STEPS, 500)], "x", rng, 100)
+    assert unlogged["runs"] == 0 and math.isnan(unlogged["concordance"])
+    rows = early_table(pd.DataFrame.from_dict({"one": unlogged, "other": found}, orient="index"))
+    assert [row[:2] for row in rows] == [("other", "3 of 5"), ("one", "not logged in these runs")]
+    assert early_table(pd.DataFrame.from_dict({"x": early(worse, "x", rng, 100)}, orient="index"))[0][2] == "–"
+
+
+@pytest.mark.parametrize("network", ["actor", "critic"])
+def test_a_low_oui_is_the_worse_and_is_kept_in_thinned_curves(network):
+    """Logged under the scripts' own tag, which the logs keep; a mean over five points, of what was known alone."""
+    tag = f"representation/after/{network}/activation_balance"
+    assert tag in TAGS and OTHERS[f"{network}'s OUI"][0] == tag
+    steps = pd.Index(range(0, 1000, 10))
+    curves = {DIAGNOSED: 9 + 0.0 * steps, RETURN: 5 + 0.0 * steps, tag: np.linspace(0.6, 0.1, len(steps))}
+    logged = {name: pd.Series(np.asarray(x), index=steps) for name, x in curves.items()}
+    run = Run("run", "runs", "MuJoCo", "Hopper-v4", "ReLU", "constant", 20, "none", 1, 1000, scalars=logged)
+    told = tell(run)
+    score = told.scores[f"{network}'s OUI"]
+    assert score[50] == pytest.approx(-np.mean(curves[tag][46:51])) and (np.diff(score) > 0).all()
+    other = {"actor": "critic", "critic": "actor"}[network]
+    assert np.isnan(told.scores[f"{other}'s OUI"]).all()
+
+
 def test_rings_are_counted_and_timed():
     tolds = [made(STEPS, 500, rank=300), made(STEPS, 600, rank=590), made(STEPS, 400, rank=700), made(STEPS, 300)]
     tolds += [made(STEPS, None, rank=10), made(STEPS, None)]
@@ -79,7 +145,12 @@ def test_the_command_chooses_on_one_half_and_judges_the_other(tmp_path):
     assert done.stdout.rstrip().endswith(text.rstrip()) and (tmp_path / "out" / "roc.png").stat().st_size > 10_000
     areas = pd.read_csv(tmp_path / "out" / "auc.csv")
     assert set(areas.horizon) == set(HORIZONS) and areas.auc.between(0, 1).all()
-    assert (areas.low <= areas.high).all() and "actor's OUI" not in set(areas.measure) and "actor's OUI" in text
+    assert (areas.low <= areas.high).all() and "actor's OUI" not in set(areas.measure)
+    assert "| actor's OUI | not logged in these runs | not logged" in text
+    table = pd.read_csv(tmp_path / "out" / "early.csv", index_col="measure")
+    assert "actor's OUI" not in table.index and set(areas.measure) - {"share of training"} == set(table.index)
+    assert table.concordance.between(0, 1).all() and (table.runs <= 10).all() and "## At 10 % of training" in text
+    assert "| actor's OUI | not logged in these runs |  |  |" in text
     alarms = pd.read_csv(tmp_path / "out" / "alarms.csv")
     assert alarms.half.value_counts().to_dict() == {"chosen on": 5, "judged": 5}
     assert alarms.lost.notna().all() and (alarms.ratios < alarms.lost).all()
