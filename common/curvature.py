@@ -4,8 +4,8 @@ The network and its loss are functions of their parameters: a dict by name of fl
 numbers in all, on any device. Every function here is pure, changes no weight, draws its random numbers from a generator
 on the CPU and returns 0-dim float64 tensors on the CPU. What can't be measured is NaN: no number raises.
 
-Derivatives are taken by `torch.func`, in parts whose size BUDGET bounds, so that the tangent kernel takes up to three
-times BUDGET of memory, and everything else a few times that of the parameters.
+Derivatives are taken by `torch.func`, in parts: the tangent kernel takes up to twice BUDGET of memory and a little
+more, and half of that where all states fit one block; everything else takes a few times the parameters' memory.
 """
 
 import math
@@ -38,9 +38,11 @@ def ntk(function, parameters, obs):
     kernel = torch.zeros((len(obs), len(obs)), dtype=torch.float64)
     for k in range(num_outputs):
         for i, rows in enumerate(blocks):
+            of_rows = of_columns = None  # before the next ones, or both would take memory at once
             of_rows = _jacobian(function, parameters, obs[rows.to(obs.device)], k)
             kernel[rows[0] : rows[-1] + 1, rows] += (of_rows @ of_rows.T).cpu().double()
             for columns in blocks[:i]:
+                of_columns = None
                 of_columns = _jacobian(function, parameters, obs[columns.to(obs.device)], k)
                 product = (of_rows @ of_columns.T).cpu().double()
                 kernel[rows[0] : rows[-1] + 1, columns] += product
