@@ -359,7 +359,8 @@ def as_function(agent, name):
 def curvature(agent, name, obs, target, plan, seed, device):
     """CURVATURE by name, of the network as it is and the loss of a fit to ``target`` (N, …), on some of ``obs`` (N, …).
 
-    Which states, and what the estimates draw, depends on ``seed`` alone: it is the same for all checkpoints.
+    Which states, and what the estimates draw, depends on ``seed`` alone: it is the same for all checkpoints. Raises
+    Refused where `torch.func` can't take the network's derivatives, or memory is short.
     """
     generator = torch.Generator().manual_seed(stream(seed, "curvature"))
     chosen = torch.randperm(len(obs), generator=generator)[: plan.kind.curvature_states]
@@ -369,13 +370,18 @@ def curvature(agent, name, obs, target, plan, seed, device):
     def loss(parameters, obs, target):
         return loss_of(plan, name)(plan.script, target, function(parameters, obs))
 
-    product = hessian_product(lambda parameters: loss(parameters, obs, target).mean(), parameters)
-    measures = (
-        ntk_effective_rank(ntk(function, parameters, obs)),
-        gradient_cosine(loss, parameters, obs, target),
-        hessian_max(product, parameters, generator),
-        hessian_trace(product, parameters, generator),
-    )
+    try:
+        product = hessian_product(lambda parameters: loss(parameters, obs, target).mean(), parameters)
+        measures = (
+            ntk_effective_rank(ntk(function, parameters, obs)),
+            gradient_cosine(loss, parameters, obs, target),
+            hessian_max(product, parameters, generator),
+            hessian_trace(product, parameters, generator),
+        )
+    except RuntimeError as error:  # as where a copy takes a number out of a tensor, which torch.func does not allow
+        reason = str(error).strip().split("\n")[0][:200]
+        why = f"can't be measured ({reason}); --no-curvature goes without"
+        raise Refused(f"{plan.run}: the curvature of the {name} {why}") from None
     return {name: x.item() for name, x in zip(CURVATURE, measures, strict=True)}
 
 

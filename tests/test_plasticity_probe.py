@@ -300,6 +300,21 @@ def test_curvature_is_added_to_fits_that_lack_it(run, script, network, monkeypat
     assert not probe(folder, whole, **flags) and "is not as the probe wrote it" in capsys.readouterr().err
 
 
+def test_a_network_without_curvature_says_so(run, monkeypatch, capsys):
+    """As of a copy that asks for a number while it computes: a line, and how to go on."""
+    folder, forward = run(), ppo_mujoco.Network.forward
+
+    def asking(self, x, all_layers):
+        return forward(self, x * float(x[0, 0] < 99), all_layers)
+
+    monkeypatch.setattr(ppo_mujoco.Network, "forward", asking)
+    assert not probe(folder, curvature=True)
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {folder}: the curvature of the actor can't be measured (") and said.count("\n") == 1
+    assert "--no-curvature" in said and not (folder / "plasticity" / "plasticity.csv").exists()
+    assert probe(folder) and len(table(folder)) == 8
+
+
 def test_curvature_of_a_shared_trunk_is_that_of_each_network():
     """Its parameters are the trunk's and the network's own output, once each, in every way of sharing."""
     for args in (ppo_mujoco.Args(share_features=True), ppo_mujoco.Args()):
