@@ -134,7 +134,7 @@ class Net(nn.Module):
         first = self.hidden[0](x)
         second = self.hidden[1](first.relu().flatten(1))
         everything = torch.cat([first.flatten(1), second], dim=1)
-        return SimpleNamespace(output=self.output(second.relu()), all_preactivations=everything)
+        return SimpleNamespace(output=self.output(second.relu()), features=second.relu(), all_preactivations=everything)
 
 
 class Agent(nn.Module):
