@@ -4,8 +4,8 @@
 
 Writes claims.md and claims.csv. An effect is a ratio (of what grows by orders of magnitude: geometric means) or a
 difference (of means), with the 95 % percentile bootstrap interval over seeds; with five seeds it is too narrow rather
-than too wide. Exit codes: 0, 1 if there is no finished run in which an
-episode ended, 2 for a wrong command line.
+than too wide. The time to an event that some runs never saw is compared by its restricted mean, and by a log-rank test.
+Exit codes: 0, 1 if there is no finished run in which an episode ended, 2 for a wrong command line.
 """
 
 import math
@@ -27,7 +27,8 @@ from benchmark.logs import (
     settings_table,
     writing,
 )
-from benchmark.measures import collapse, excess_ratio, final_values, last_of, ratio_broken, settled
+from benchmark.measures import collapse, excess_ratio, final_values, last_of, settled
+from benchmark.survival import logrank, times_of
 from benchmark.table import interval, probability_of_improvement, resampled
 from common.arguments import check_range, fail
 from common.run import parse_args
@@ -40,8 +41,8 @@ MEASURES = {
     "step_of_max": ("step of the largest return, M", "difference"),
     "collapsed": ("share of runs that collapsed", "difference"),
     "halved": ("share of runs whose return fell below half for good", "difference"),
-    "halved_step": ("step at which the return fell below half for good, M (the end where it did not)", "difference"),
-    "broken_step": ("step at which the excess ratio passed 10, M (the end where it did not)", "difference"),
+    "halved_step": ("restricted mean time to a return below half for good, M steps", "difference"),
+    "broken_step": ("restricted mean time to an excess ratio above 10, M steps", "difference"),
     "pca_rank": ("PCA rank", "difference"),
     "max_rank": ("largest PCA rank", "difference"),
     "rank_kept": ("PCA rank kept of the largest", "difference"),
@@ -53,6 +54,7 @@ MEASURES = {
     "plasticity_loss": ("plasticity loss of the policy", "ratio"),
     "critic_plasticity_loss": ("plasticity loss of the critic", "ratio"),
 }
+TIMES = {"halved_step": "return_halved", "broken_step": "ratio_broken"}  # of MEASURES, to which of survival.EVENTS
 WITHIN = ("pca_rank", "critic_rank", "preactivation_norm", "dead_units", "excess_ratio", "policy_variance")
 WITHIN += ("plasticity_loss", "critic_plasticity_loss")
 
@@ -66,8 +68,11 @@ def until(run, steps):
 
 
 def values_of(run):
-    """What a finished run is compared by: at its end, {name: value}, and over its first 5 %, {name: value}."""
-    score, steps = settled(run.carried_return().dropna(), run), collapse(run)
+    """What a finished run is compared by: at its end, {name: value}, and over its first 5 %, {name: value}.
+
+    Of TIMES the value is a Time, since a run that never saw the event has none.
+    """
+    score, times = settled(run.carried_return().dropna(), run), times_of(run)
     rank = settled(run.get(DIAGNOSED), run)
     tags = {
         "pca_rank": DIAGNOSED,
@@ -85,10 +90,9 @@ def values_of(run):
         "max_return": score.max(),
         "kept": end["return"] / score.max() if score.max() > 0 else math.nan,
         "step_of_max": score.idxmax() / 1e6,
-        "collapsed": float(steps["collapsed"] is not None),
-        "halved": float(steps["return_halved"] is not None),
-        "halved_step": (steps["return_halved"] or run.last_step) / 1e6,
-        "broken_step": (ratio_broken(run) or run.last_step) / 1e6,
+        "collapsed": float(collapse(run)["collapsed"] is not None),
+        "halved": float(times["return_halved"].happened),
+        **{name: times[event] for name, event in TIMES.items()},
         "max_rank": rank.max(),
         "rank_kept": end["pca_rank"] / rank.max(),
     }
@@ -119,8 +123,16 @@ def effect(values, reference, kind, paired, rng, resamples):
 
 
 def row_of(what, name, values, reference, paired, rng, resamples):
-    """A row of the table, or None where less than one run on either side has the measure."""
+    """A row of the table, or None where less than one run on either side has the measure.
+
+    The restricted mean time to an event, up to the end of the shortest run on either side, is the mean of min(time,
+    end): all of ``values`` and ``reference`` are of finished runs, so that none is censored before.
+    """
     words, kind = MEASURES[name]
+    test = (math.nan, math.nan)
+    if name in TIMES:
+        test, end = logrank(values, reference), min(time.last_step for time in (*values, *reference))
+        values, reference = ([min(time.step, end) / 1e6 for time in times] for times in (values, reference))
     values, reference = np.asarray(values, dtype=float), np.asarray(reference, dtype=float)
     if paired:
         known = np.isfinite(values) & np.isfinite(reference)
@@ -139,7 +151,7 @@ def row_of(what, name, values, reference, paired, rng, resamples):
         if paired
         else probability_of_improvement(values, reference)
     )
-    return row
+    return row | {"logrank_p": test[0], "permutation_p": test[1]}
 
 
 def claims(runs, seed, resamples):
@@ -196,19 +208,21 @@ def markdown(table):
         return f"{x:.0f}" if 1000 <= abs(x) < 1e6 else f"{x:.3g}"
 
     lines = []
-    head = ("measure", "value", "reference", "effect (95 % interval)", "P(value > reference)", "runs")
+    head = ("measure", "value", "reference", "effect (95 % interval)", "P(value > reference)", "runs", "log-rank p")
     groups = table.groupby(["source", "env_id", "activation", "schedule", "comparison"], sort=False)
     for (source, env_id, activation, schedule, comparison), part in groups:
         paper = "" if source == "runs" else " (the paper’s logs)"
         lines += [f"### {env_id}, {activation}, {schedule} learning rate{paper}: {comparison}", ""]
-        lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        columns = head if part["permutation_p"].notna().any() else head[:-1]
+        lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
         for row in part.to_dict("records"):
             sign = "× " if row["effect_is"] == "ratio" else "+ " if row["effect"] >= 0 else "− "
             size = row["effect"] if row["effect_is"] == "ratio" else abs(row["effect"])
             bounds = f" ({number(row['low'])} to {number(row['high'])})" if math.isfinite(row["low"]) else ""
             cells = (row["measure"], number(row["value"]), number(row["reference"]), f"{sign}{number(size)}{bounds}")
             cells += (f"{row['probability']:.2f}", f"{row['runs']} and {row['reference_runs']}")
-            lines.append(f"| {' | '.join(cells)} |")
+            cells += ("–" if math.isnan(row["permutation_p"]) else f"{row['permutation_p']:.2g}",)
+            lines.append(f"| {' | '.join(cells[: len(columns)])} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -38,7 +38,8 @@ def test_a_run_at_its_two_ends():
     assert start["preactivation_norm"] == 2 and end["preactivation_norm"] == 50
     assert start["plasticity_loss"] == 0.25 and end["plasticity_loss"] == 2
     assert end["collapsed"] == end["halved"] == 1 and 0 < end["kept"] < 0.02 and end["rank_kept"] < 0.1
-    assert 0.005 < end["halved_step"] < 0.006 and end["broken_step"] == 0.01
+    assert 5000 < end["halved_step"].step < 6000 and end["halved_step"].happened
+    assert end["broken_step"] == (10_000, False, 10_000)  # never: censored at the end
     assert 0 < end["step_of_max"] <= 0.005 and 1000 <= end["max_return"] <= 1005
     assert end.keys() >= MEASURES.keys() and start.keys() == set(WITHIN)
 
@@ -70,6 +71,11 @@ def test_comparisons_between_settings():
     assert worse.loc["return", "high"] < -900 and worse.loc["return", "probability"] == 0
     assert worse.loc["share of runs that collapsed", "effect"] == 1
     assert worse.loc["excess ratio", "effect_is"] == "ratio" and worse.loc["PCA rank", "effect_is"] == "difference"
+    # Without it the return falls at half of each run; with 10 epochs never, which counts as 0.01 M steps at least.
+    time = worse.loc["restricted mean time to a return below half for good, M steps"]
+    assert time["reference"] == 0.01 and time["effect"] == pytest.approx(-0.0049)
+    assert time["permutation_p"] == pytest.approx(2 / 70) and time["logrank_p"] < 0.01
+    assert worse.drop(time.name)["permutation_p"].isna().all()  # the excess ratio never passes 10 in any of them
     better = table.loc["PFO last against none, 20 epochs"]
     assert better.loc["return", "low"] > 900 and better.loc["return", "probability"] == 1
     assert (better["runs"] == 4).all() and len(better) == len(MEASURES)
