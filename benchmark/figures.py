@@ -2,16 +2,18 @@
 
 python -m benchmark.figures --figure 1 2 --runs runs/ --output figures
 
-Figure 5 is `toy_problem.py`. Each figure is written as PNG and PDF, with the numbers that it shows as CSV; a curve or
-box of the paper's own logs, given beside other runs, is drawn over them. Exit codes: 0, 1 if a figure that was asked
-for can't be drawn from these runs, 2 for a wrong command line.
+Figure 5 is `toy_problem.py`. `--aggregate iqm` draws interquartile means with bootstrap bands in figures 1 and 2, `--x
+hours` draws these over time, and `--normalise human` has Atari's returns in figures 1 and 6 in human units. Each figure
+is written as PNG and PDF, with the numbers that it shows as CSV; a curve or box of the paper's own logs, given beside
+other runs, is drawn over them. Exit codes: 0, 1 if a figure that was asked for can't be drawn from these runs, 2 for a
+wrong command line.
 """
 
 import itertools
 import math
 import warnings
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +22,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from benchmark import human
 from benchmark.logs import (
     INTERVENTIONS,
     PLASTICITY,
@@ -41,6 +44,7 @@ from benchmark.measures import (
     collapse,
     correlations,
     final_values,
+    iqm_over_seeds,
     lowest_windows,
     over_seeds,
     rank_agreement,
@@ -118,6 +122,7 @@ FIGURE_6 = {
     "plasticity_loss": "plasticity loss of the policy (nats)",
 }
 FIGURE_6_LOG_FROM = {"preactivation_norm": 1, "excess_ratio": 100, "plasticity_loss": 1000}  # as Panel.log_from
+HUMAN = "return (a human's is 1)"
 RANK_NAMES = ("effective", "PCA", "srank", "feature", "matrix")
 
 
@@ -134,8 +139,10 @@ class Drawn:
         self.left_out += [(run.name, reason) for run in runs if not condition(run)]
         return [run for run in runs if condition(run)]
 
-    def report(self, number, runs, refused, output):
+    def report(self, number, runs, refused, output, variant=""):
         """Say which runs the figure has used, and write of each whether, or why not, to ``figureN_runs.csv``.
+
+        variant: what stands behind the figure's number in the names of its files.
 
         refused: [(run or file, why it was left out while reading)].
         """
@@ -143,7 +150,7 @@ class Drawn:
         rows = [(run.name, *run.setting, run.seed, run.name in used, reasons.get(run.name, "")) for run in runs]
         rows += [(name, *[""] * len(SETTING), "", False, reason) for name, reason in refused]
         columns = ["run", *SETTING, "seed", "used", "reason"]
-        path = output / f"figure{number}_runs.csv"
+        path = output / f"figure{number}{variant}_runs.csv"
         with writing(path):
             pd.DataFrame(rows, columns=columns).to_csv(path, index=False)
         print(f"figure {number}: {len(used)} of {len(runs)} runs used, listed in {path}")
@@ -248,12 +255,24 @@ def number_of(runs, what):
     return words + (f", {unfinished} in progress" if unfinished else "")
 
 
-def curve_of(run, tag):
-    return run.carried_return().dropna() if tag == RETURN else run.get(tag)
+def curve_of(run, tag, x="steps"):
+    series = run.carried_return().dropna() if tag == RETURN else run.get(tag)
+    if x == "steps":
+        return series
+    series = series.set_axis(run.hours_at(series.index))
+    return series[~series.index.duplicated(keep="last")]  # of a resumed run, whose rate begins anew
 
 
-def draw_curves(curves, panels, columns):
-    """A figure of panels with a curve for each entry of ``curves``, {(label, source): runs}, and its numbers."""
+def draw_curves(curves, panels, columns, x="steps", aggregate="mean"):
+    """A figure of panels with a curve for each entry of ``curves``, {(label, source): runs}, and its numbers.
+
+    x: "steps", or "hours". aggregate: "mean" of seeds, with a band from minimum to maximum, or "iqm", the interquartile
+    mean, with a 95 % bootstrap band.
+    """
+    combine, middle, low, high = {
+        "mean": (over_seeds, "mean", "min", "max"),
+        "iqm": (iqm_over_seeds, "iqm", "low", "high"),
+    }[aggregate]
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.3 * columns, 2.35 * rows + 0.5), layout="constrained")
     ours = [runs for (_, source), runs in curves.items() if source == "runs"]
@@ -263,14 +282,14 @@ def draw_curves(curves, panels, columns):
     for axis, panel in zip(axes.flat, panels, strict=True):
         empty, fewer, shown = True, set(), []
         for (label, source), runs in curves.items():
-            series = [curve_of(run, panel.tag) for run in runs]
+            series = [curve_of(run, panel.tag, x) for run in runs]
             every = [run.every for run, one in zip(runs, series, strict=True) if len(one)]
             series = [one for one in series if len(one)]
-            table = over_seeds(series, panel.smoothed, every).dropna(subset="mean")
+            table = combine(series, panel.smoothed, every).dropna(subset=middle)
             if table.empty:
                 continue
             empty = False
-            shown.append(table["mean"])  # not the least: a run whose untrained policy is the target has a loss of 0
+            shown.append(table[middle])  # not the least: a run whose untrained policy is the target has a loss of 0
             fewer |= {len(series)} if len(series) < len(runs) else set()
             colour, dashes, mark = look(labels.index(label))
             style = {"color": colour, "linestyle": dashes, "linewidth": 1.4}
@@ -279,12 +298,14 @@ def draw_curves(curves, panels, columns):
                 style |= {"linewidth": 0.8, "marker": mark, "markersize": 3.5, "markevery": (gap // 2, gap)}
                 style |= {"markerfacecolor": "white"}
             else:
-                axis.fill_between(table.index, table["min"], table["max"], color=colour, alpha=0.15, linewidth=0)
+                axis.fill_between(table.index, table[low], table[high], color=colour, alpha=0.15, linewidth=0)
             if not panel.smoothed and len(table) < 60:
                 style |= {"marker": mark, "markersize": 2.2}
             name = f"{label}{', the paper’s logs' if source == 'paper' else ''} ({number_of(runs, 'seed')})"
-            axis.plot(table.index, table["mean"], label=name, **style)
-            numbers.append(table.rename_axis("step").reset_index().assign(tag=panel.tag, curve=label, source=source))
+            axis.plot(table.index, table[middle], label=name, **style)
+            numbers.append(
+                table.rename_axis(x.removesuffix("s")).reset_index().assign(tag=panel.tag, curve=label, source=source)
+            )
         axis.set_ylabel(panel.label)
         if fewer:
             axis.set_title(f"fewer seeds here, down to {min(fewer)}", color="0.4")
@@ -296,11 +317,15 @@ def draw_curves(curves, panels, columns):
             log_axis(axis.yaxis)
         if panel.tag.endswith("dead_units"):
             whole_numbers(axis.yaxis)
-        steps_axis(axis, next(iter(curves.values()))[0])
+        if x == "hours":
+            axis.set_xlabel("hours")
+        else:
+            steps_axis(axis, next(iter(curves.values()))[0])
     band = plt.Rectangle((0, 0), 1, 1, color="0.88")
-    legend(figure, axes, **({"minimum to maximum": band} if any(len(runs) > 1 for runs in ours) else {}))
+    words = "minimum to maximum" if aggregate == "mean" else "95 % interval of the interquartile mean"
+    legend(figure, axes, **({words: band} if any(len(runs) > 1 for runs in ours) else {}))
     figure.align_ylabels()
-    columns = ["tag", "curve", "source", "step", "mean", "min", "max", "seeds"]
+    columns = ["tag", "curve", "source", x.removesuffix("s"), middle, low, high, "seeds"]
     return figure, pd.concat(numbers)[columns]
 
 
@@ -318,30 +343,47 @@ def by_source(runs, label):
     return found
 
 
-def curves_by_epochs(drawn, runs, output, number, panels, columns):
+def variant_of(args):
+    """What stands behind the number of figure 1 or 2 in the names of its files, so that no option hides another."""
+    parts = (
+        ["iqm"] * (args.aggregate == "iqm") + ["hours"] * (args.x == "hours") + ["human"] * (args.normalise == "human")
+    )
+    return "".join(f"_{part}" for part in parts)
+
+
+def curves_by_epochs(drawn, runs, output, number, panels, columns, args):
     """Baselines, a curve for each number of epochs, per environment and learning rate schedule."""
     lacking = f"none of figure {number}'s measures in its logs: {', '.join(panel.tag for panel in panels)}"
     runs = drawn.keep(runs, lacking, lambda run: any(curve_of(run, panel.tag).notna().any() for panel in panels))
+    runs = timed(drawn, runs, args)
     for key, members in by_place([run for run in runs if run.intervention == "none"]).items():
         for (schedule,), chosen in groups(members, "schedule").items():
             curves = {
                 (f"{epochs} epochs", source): same
                 for (epochs, source), same in by_source(chosen, lambda run: run.epochs).items()
             }
-            figure, numbers = draw_curves(curves, panels, columns)
+            figure, numbers = draw_curves(curves, panels, columns, args.x, args.aggregate)
             figure.suptitle(title_of(chosen, f"{schedule} learning rate"))
-            drawn.save(figure, numbers, output / file_name(f"figure{number}_{key}_{schedule}"), chosen)
+            path = output / file_name(f"figure{number}{variant_of(args)}_{key}_{schedule}")
+            drawn.save(figure, numbers, path, chosen)
+
+
+def timed(drawn, runs, args):
+    """The runs that can be drawn over --x: all over steps, over hours those that logged how fast they were."""
+    untimed = "no charts/SPS in its logs, which --x hours needs"
+    return drawn.keep(runs, untimed, lambda run: args.x == "steps" or len(run.get("charts/SPS")))
 
 
 def figure_1(drawn, runs, output, args):
     """Return, ranks, norm and plasticity over training, by epochs; and at each number of epochs by intervention."""
-    curves_by_epochs(drawn, runs, output, 1, FIGURE_1, 3)
+    panels = (replace(FIGURE_1[0], label=HUMAN), *FIGURE_1[1:]) if args.normalise == "human" else FIGURE_1
+    curves_by_epochs(drawn, runs, output, 1, panels, 3, args)
     intervened = drawn.keep(
         runs,
         "an intervention with an annealed learning rate: figure 1 compares interventions at a constant one",
         lambda run: run.schedule == "constant" or run.intervention == "none",
     )
-    intervened = [run for run in intervened if run.schedule == "constant"]
+    intervened = timed(drawn, [run for run in intervened if run.schedule == "constant"], args)
     for key, members in by_place(intervened).items():
         for (epochs,), chosen in groups(members, "epochs").items():
             if all(run.intervention == "none" for run in chosen):
@@ -350,16 +392,16 @@ def figure_1(drawn, runs, output, args):
                 (name, source): same
                 for ((_, name), source), same in by_source(chosen, lambda run: order_of(run.intervention)).items()
             }
-            figure, numbers = draw_curves(curves, FIGURE_1, 3)
+            figure, numbers = draw_curves(curves, panels, 3, args.x, args.aggregate)
             figure.suptitle(title_of(chosen, f"{epochs} epochs", "constant learning rate"))
-            path = output / file_name(f"figure1_{key}_{epochs}epochs_interventions")
+            path = output / file_name(f"figure1{variant_of(args)}_{key}_{epochs}epochs_interventions")
             drawn.save(figure, numbers, path, [run for run in chosen if run.intervention != "none"])
 
 
 def figure_2(drawn, runs, output, args):
     """Entropy, policy variance and dead units over training, by epochs."""
     runs = drawn.keep(runs, "an intervention: figure 2 is of baselines", lambda run: run.intervention == "none")
-    curves_by_epochs(drawn, runs, output, 2, FIGURE_2, 3)
+    curves_by_epochs(drawn, runs, output, 2, FIGURE_2, 3, args)
 
 
 def figure_3(drawn, runs, output, args):
@@ -467,6 +509,7 @@ def _edge(style, i):
 
 def figure_6(drawn, runs, output, args):
     """The end of training by intervention, all epochs together."""
+    labels = {**FIGURE_6, "return": HUMAN} if args.normalise == "human" else FIGURE_6
     runs = drawn.keep(runs, "in progress: figure 6 is of the end of training", lambda run: run.finished)
     runs = drawn.keep(
         runs, "its learning rate is annealed: figure 6 is of constant ones", lambda run: run.schedule == "constant"
@@ -493,7 +536,7 @@ def figure_6(drawn, runs, output, args):
         sizes = numbers.groupby(["intervention", "source"]).size()
         height = 0.31 * len(boxes) + 0.75
         figure, axes = plt.subplots(2, 3, figsize=(9.9, 2 * height + 0.7), layout="constrained", sharey=True)
-        for axis, (name, label) in zip(axes.flat, FIGURE_6.items(), strict=True):
+        for axis, (name, label) in zip(axes.flat, labels.items(), strict=True):
             axis.set_xlabel(label)
             finite = numbers[np.isfinite(numbers[name])]
             infinite = int(np.isinf(numbers[name]).sum())
@@ -551,7 +594,7 @@ def figure_6(drawn, runs, output, args):
         mean = plt.Line2D([], [], marker="D", markerfacecolor="white", markeredgecolor="black", linestyle="")
         legend(figure, axes, median=plt.Line2D([], [], color="black", linewidth=1.6), mean=mean)
         figure.suptitle(title_of(chosen, "the last 5 % of training (number of runs in brackets)"))
-        drawn.save(figure, numbers, output / file_name(f"figure6_{key}"), chosen)
+        drawn.save(figure, numbers, output / file_name(f"figure6{variant_of(args)}_{key}"), chosen)
 
 
 def figure_7(drawn, runs, output, args):
@@ -608,6 +651,12 @@ class Args:
     """folder of the PNG, PDF and CSV files"""
     window: int = 0
     """environment steps of figure 4's windows; 0 is the paper's, 1 M on Atari and 50 k on MuJoCo"""
+    x: Literal["steps", "hours"] = "steps"
+    """what figures 1 and 2 are drawn over; hours are of runs that logged charts/SPS"""
+    aggregate: Literal["mean", "iqm"] = "mean"
+    """what figures 1 and 2 draw of the seeds: mean and range, or interquartile mean and its 95 % bootstrap interval"""
+    normalise: Literal["none", "human"] = "none"
+    """human: draw Atari's returns in figures 1 and 6 in human units, 0 random play and 1 a human's score"""
     keep_constant_ranks: bool = False
     """keep in figure 7 the runs in which a rank is constant, without that rank (the paper leaves these runs out)"""
 
@@ -618,7 +667,14 @@ if __name__ == "__main__":
     check_folder(args.output)
     if not args.figure:
         fail(f"--figure: must be given, as one or more of {', '.join(map(str, FIGURES))}")
+    for name, usual, of in (("x", "steps", {1, 2}), ("aggregate", "mean", {1, 2}), ("normalise", "none", {1, 6})):
+        if (value := getattr(args, name)) != usual and not {*args.figure} <= of:
+            others = ", ".join(map(str, sorted({*args.figure} - of)))
+            fail(f"--{name} {value}: must go with --figure {' and '.join(map(str, sorted(of)))} alone, not {others}")
     runs, left_out, notes = read_runs(args.runs)
+    if args.normalise == "human":
+        runs, without = human.normalise(runs)
+        left_out += without
     print_left_out(left_out, notes)
     if not runs:
         fail(f"--runs {' '.join(args.runs)}: no run in it can be used", code=1)
@@ -629,7 +685,7 @@ if __name__ == "__main__":
         for number in dict.fromkeys(args.figure):
             drawn = Drawn()
             FIGURES[number](drawn, runs, args.output, args)
-            drawn.report(number, runs, left_out, args.output)
+            drawn.report(number, runs, left_out, args.output, variant_of(args))
             missing += [number] * (not drawn.paths)
     if missing:
         fail(f"--figure {' '.join(map(str, missing))}: these runs have nothing to draw for it", code=1)

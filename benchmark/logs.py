@@ -139,6 +139,18 @@ class Run:
         rate = self.get("charts/SPS")
         return self.last_step / self.args.get("frame_skip", 1) / rate.iloc[-1] / 3600 if len(rate) else math.nan
 
+    def hours_at(self, steps):
+        """Hours from the run's begin until each of ``steps``, ascending as they are; NaN where no rate was logged.
+
+        The rate is agent steps over the time since the begin, so that waiting for diagnostics and checkpoints is in it;
+        of a resumed run it is taken to have been the same before. Seeds that are one batch took these hours together.
+        """
+        rate = self.get("charts/SPS")
+        if rate.empty:
+            return np.full(len(steps), math.nan)
+        taken = np.maximum.accumulate(rate.index / self.args.get("frame_skip", 1) / rate / 3600)
+        return np.interp(steps, [0, *rate.index], [0.0, *taken])
+
     def __str__(self):
         return ", ".join(map(str, (*describe(self), f"seed {self.seed}")))
 

@@ -42,29 +42,67 @@ def spacing(steps):
     return float(np.median(np.diff(steps))) if len(steps) > 1 else 0.0
 
 
-def over_seeds(series, smoothed, every=None):
-    """Mean, minimum and maximum over seeds at each step, each smoothed if asked, and how many seeds have come so far.
+def on_one_grid(series, every=None):
+    """The series of several seeds as the columns of one table, and the logged iterations for which its points stand.
 
     All are put on the grid of the coarsest, or else a step would be of those seeds alone that have just this one: the
     value of a seed is its last one, up to its own end. The grid goes on in equal steps where the coarsest ends early.
-    series: one for each seed. every: for each, the logged iterations for which a point stands, 1 if not given.
-    Returns a table indexed by step with the columns mean, min, max and seeds.
+    series: one for each seed, at least one, over steps or hours. every: for each, the logged iterations for which a
+    point stands, 1 if not given.
     """
-    if not series:
-        return pd.DataFrame(columns=["mean", "min", "max", "seeds"], dtype=float)
     spacings = [spacing(one.index) for one in series]
     width, points_of = max(zip(spacings, every or [1.0] * len(series), strict=True))
     coarsest = [one.index for one, its in zip(series, spacings, strict=True) if its > 0.99 * width or not width]
     grid = functools.reduce(pd.Index.union, coarsest)
     if width:
-        rest = np.arange(grid[-1] + width, max(one.index[-1] for one in series) + 1, width)
+        rest = np.arange(grid[-1] + width, np.nextafter(max(one.index[-1] for one in series), np.inf), width)
         grid = grid.append(pd.Index(rest.astype(grid.dtype)))
     table = pd.concat([one.reindex(grid[grid <= one.index[-1]], method="ffill") for one in series], axis=1, sort=True)
+    return table, points_of * spacing(grid) / width if width else 1.0
+
+
+def over_seeds(series, smoothed, every=None):
+    """Mean, minimum and maximum over seeds at each step, each smoothed if asked, and how many seeds have come so far.
+
+    series, every: as for ``on_one_grid``. Returns a table indexed by step with the columns mean, min, max and seeds.
+    """
+    if not series:
+        return pd.DataFrame(columns=["mean", "min", "max", "seeds"], dtype=float)
+    table, stands_for = on_one_grid(series, every)
     columns = {"mean": table.mean(axis=1), "min": table.min(axis=1), "max": table.max(axis=1)}
     if smoothed:
-        stands_for = points_of * spacing(grid) / width if width else 1.0
         columns = {name: smooth(column, stands_for) for name, column in columns.items()}
     return pd.DataFrame({**columns, "seeds": table.notna().sum(axis=1)})
+
+
+def iqm_over_seeds(series, smoothed, every=None, resamples=2000, seed=0):
+    """Interquartile mean over seeds at each step, of their curves smoothed if asked, with a 95 % bootstrap band.
+
+    The band is pointwise: the 2.5 and 97.5 percentiles of ``resamples`` interquartile means of seeds drawn with
+    replacement, the same draws at each step; of a single seed it is NaN. As ``interquartile_mean`` does, a quarter of
+    the seeds, rounded down, is cut off at either end (Agarwal et al. 2021).
+    series, every: as for ``on_one_grid``. Returns a table indexed by step with the columns iqm, low, high and seeds.
+    """
+    if not series:
+        return pd.DataFrame(columns=["iqm", "low", "high", "seeds"], dtype=float)
+    table, stands_for = on_one_grid(series, every)
+    if smoothed:
+        # A moving average over what a seed has not logged yet, or no more, would draw it on
+        table = table.apply(lambda column: smooth(column, stands_for)).where(table.notna())
+    rows = np.full((len(table), 3), math.nan)
+    here = table.notna().to_numpy()
+    for present in np.unique(here, axis=0):
+        if not (count := present.sum()):
+            continue
+        of_these = np.flatnonzero((here == present).all(axis=1))
+        values = table.to_numpy()[np.ix_(of_these, present)]  # (steps, seeds)
+        rows[of_these, 0] = stats.trim_mean(values, 0.25, axis=1)
+        draws = np.random.default_rng(seed).integers(count, size=(resamples, count))
+        if count > 1:
+            for i, step_values in zip(of_these, values, strict=True):
+                rows[i, 1:] = np.percentile(stats.trim_mean(step_values[draws], 0.25, axis=1), [2.5, 97.5])
+    bands = pd.DataFrame(rows, index=table.index, columns=["iqm", "low", "high"])
+    return bands.assign(seeds=here.sum(axis=1))
 
 
 def last_of(series, run, share=0.05):

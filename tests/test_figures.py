@@ -836,7 +836,7 @@ def test_boxes_say_what_they_lack(tmp_path, monkeypatch):
     runs = [read_run(write_run(tmp_path, seed=seed))[0] for seed in (1, 2, 3)]
     runs[0].scalars["representation/after/actor/preactivation_norm"].iloc[-1] = math.inf
     del runs[1].scalars[PLASTICITY["actor"]]
-    figures.figure_6(figures.Drawn(), runs, tmp_path, None)
+    figures.figure_6(figures.Drawn(), runs, tmp_path, figures.Args())
     said = [(title, [text.get_text() for text in texts]) for title, *texts in shown]
     assert said == [("", [])] * 3 + [("1 infinite, not drawn", ["here 2"]), ("", []), ("", ["here 2"])]
 
