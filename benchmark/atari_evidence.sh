@@ -24,6 +24,8 @@ results=benchmark/results/atari
 mkdir -p "$results"
 python -m benchmark.logs --runs atari_study/runs --output "$results"
 python -m benchmark.figures --figure 1 2 3 4 6 7 --runs atari_study/runs --output "$results"
+python -m benchmark.figures --figure 1 --aggregate iqm --normalise human --runs atari_study/runs --output "$results"
 python -m benchmark.table --runs atari_study/runs --output "$results"
 python -m benchmark.claims --runs atari_study/runs --output "$results"
-find "$results" -name 'figure*.csv' -size +200k -exec bzip2 -9f {} + # not .gz, which are the curves
+python -m benchmark.statistics --normalise human --runs atari_study/runs --output "$results"
+find "$results" \( -name 'figure*.csv' -o -name 'aligned*.csv' \) -size +200k -exec bzip2 -9f {} + # not .gz, which are the curves

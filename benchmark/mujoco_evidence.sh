@@ -27,6 +27,8 @@ python -m benchmark.run --folder study --commands "python plasticity_probe.py" -
 results=benchmark/results/mujoco
 python -m benchmark.logs --runs study/runs --output "$results"
 python -m benchmark.figures --figure 1 2 4 6 7 --runs study/runs --output "$results"
+python -m benchmark.figures --figure 1 --aggregate iqm --runs study/runs --output "$results"
 python -m benchmark.table --runs study/runs --output "$results"
 python -m benchmark.claims --runs study/runs --output "$results"
-find "$results" -name 'figure*.csv' -size +200k -exec bzip2 -9f {} + # not .gz, which are the curves
+python -m benchmark.statistics --runs study/runs --output "$results"
+find "$results" \( -name 'figure*.csv' -o -name 'aligned*.csv' \) -size +200k -exec bzip2 -9f {} + # not .gz, which are the curves

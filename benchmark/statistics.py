@@ -40,9 +40,9 @@ from benchmark.logs import (
     settings_table,
     writing,
 )
-from benchmark.measures import final_return, ratio_broken, settled, spacing
+from benchmark.measures import final_return, settled, spacing
 from benchmark.remedies import holm
-from benchmark.survival import EVENTS, kaplan_meier, logrank, median_time, times_of
+from benchmark.survival import EVENTS, Time, kaplan_meier, logrank, median_time, times_of
 from benchmark.table import improvement_interval, probability_of_improvement
 from common.arguments import check_range, fail
 from common.run import parse_args
@@ -88,6 +88,31 @@ def rows_of_epochs(runs, columns, height):
     # Each intervention of the paper has its colour, whichever others there are.
     names = list(dict.fromkeys([*INTERVENTIONS, *(intervention for intervention, _ in by_setting(runs))]))
     return figure, dict(zip(epochs, axes, strict=True)), {name: look(i) for i, name in enumerate(names)}
+
+
+def read_times(path, runs):
+    """{name of the run: {event: Time}} of each of ``runs`` from a ``runs.csv`` of benchmark.table, --events."""
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:  # pandas' and Unicode's errors are ValueErrors
+        fail(f"--events {path}: can't be read as CSV ({error})")
+    if missing := [name for name in ("run", "last_step", *EVENTS) if name not in table]:
+        fail(f"--events {path}: must be runs.csv of benchmark.table; it has no column {', '.join(missing)}")
+    numbers = table[["last_step", *EVENTS]].apply(pd.to_numeric, errors="coerce")
+    if numbers["last_step"].isna().any() or (numbers[[*EVENTS]].isna() & table[[*EVENTS]].notna()).any(axis=None):
+        fail(f"--events {path}: must have steps, as numbers, in the columns last_step, {', '.join(EVENTS)}")
+    rows = dict(zip(table["run"], numbers.to_dict("records"), strict=True))
+    if lacking := [run.name for run in runs if run.name not in rows]:
+        fail(f"--events {path}: must have a row for each run of --runs, and has none for {lacking[0]}")
+    times = {}
+    for run in runs:
+        last = int(rows[run.name]["last_step"])
+        steps = {event: rows[run.name][event] for event in EVENTS}
+        times[run.name] = {
+            event: Time(last, False, last) if math.isnan(step) else Time(int(step), True, last)
+            for event, step in steps.items()
+        }
+    return times
 
 
 def draw_survival(runs, times):
@@ -141,13 +166,13 @@ def after_break(run, tag, step, width):
     return series.reindex(width * np.arange(first, last + 1), method="ffill")
 
 
-def draw_aligned(runs):
+def draw_aligned(runs, times):
     """Curves of Runs whose ratios broke, over the steps since: each run, and a setting's mean where all its runs are.
 
-    Returns the figure and the numbers of the runs.
+    times: as for ``draw_survival``. Returns the figure and the numbers of the runs.
     """
     figure, axes, looks = rows_of_epochs(runs, len(ALIGNED), 2.2)
-    broken = {run.name: ratio_broken(run) for run in runs}
+    broken = {run.name: times[run.name]["ratio_broken"].step for run in runs}
     width = max(int(max(spacing(run.grid) for run in runs)), 1)  # of the coarsest
     numbers = []
     for (intervention, epochs), members in by_setting(runs).items():
@@ -363,6 +388,9 @@ class Args:
     """folder of the figures, tables and arrays"""
     normalise: Literal["none", "human"] = "none"
     """human: export Atari's returns in human units, 0 random play and 1 a human's score; the rest has no units"""
+    events: Path | None = None
+    """runs.csv of benchmark.table on the whole logs, whose steps of events count in place of those found in --runs:
+    from thinned curves, a step from which on something is low for good can be found early by much"""
     resamples: int = 10_000
     """bootstrap samples of each interval"""
     seed: int = 0
@@ -397,6 +425,7 @@ def main(args):
     exported, without_score = human.normalise(finished) if args.normalise == "human" else (finished, [])
     if args.normalise == "human" and not exported:
         fail("--normalise human: must go with finished runs of Atari games that have a human score; --runs has none")
+    times = read_times(args.events, runs) if args.events else {run.name: times_of(run) for run in runs}
     make_folder(args.output)
     print("\n".join([f"{len(runs)} runs used:", *settings_table(runs)]))
     in_progress = [run.name for run in runs if not run.finished]
@@ -404,7 +433,6 @@ def main(args):
         print(f"in progress, censored at their last step, and of no improvement or export: {', '.join(in_progress)}")
     print_left_out(without_score)
 
-    times = {run.name: times_of(run) for run in runs}
     drawn, tables = Drawn(), {}
     with plt.rc_context(STYLE):
         for (name, title), members in by_figure(runs).items():
@@ -416,7 +444,7 @@ def main(args):
             if held := [run.name for run in members if run not in broken]:
                 print(f"aligned_{name}: left out, whose ratios never broke: {', '.join(held)}")
             if broken:
-                figure, numbers = draw_aligned(broken)
+                figure, numbers = draw_aligned(broken, times)
                 figure.suptitle(f"{title}: aligned at the step at which the excess ratio passed 10")
                 drawn.save(figure, numbers, args.output / f"aligned_{name}", broken)
     print("\n".join(f"{path}, .pdf, .csv" for path in drawn.paths))
