@@ -355,7 +355,6 @@ def curves_by_epochs(drawn, runs, output, number, panels, columns, args):
     """Baselines, a curve for each number of epochs, per environment and learning rate schedule."""
     lacking = f"none of figure {number}'s measures in its logs: {', '.join(panel.tag for panel in panels)}"
     runs = drawn.keep(runs, lacking, lambda run: any(curve_of(run, panel.tag).notna().any() for panel in panels))
-    runs = timed(drawn, runs, args)
     for key, members in by_place([run for run in runs if run.intervention == "none"]).items():
         for (schedule,), chosen in groups(members, "schedule").items():
             curves = {
@@ -383,7 +382,7 @@ def figure_1(drawn, runs, output, args):
         "an intervention with an annealed learning rate: figure 1 compares interventions at a constant one",
         lambda run: run.schedule == "constant" or run.intervention == "none",
     )
-    intervened = timed(drawn, [run for run in intervened if run.schedule == "constant"], args)
+    intervened = [run for run in intervened if run.schedule == "constant"]
     for key, members in by_place(intervened).items():
         for (epochs,), chosen in groups(members, "epochs").items():
             if all(run.intervention == "none" for run in chosen):
@@ -684,7 +683,7 @@ if __name__ == "__main__":
     with plt.rc_context(STYLE):
         for number in dict.fromkeys(args.figure):
             drawn = Drawn()
-            FIGURES[number](drawn, runs, args.output, args)
+            FIGURES[number](drawn, timed(drawn, runs, args), args.output, args)
             drawn.report(number, runs, left_out, args.output, variant_of(args))
             missing += [number] * (not drawn.paths)
     if missing:

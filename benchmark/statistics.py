@@ -212,7 +212,7 @@ def draw_aligned(runs, times):
 QUESTIONS = {"intervention": "against no intervention", "epochs": "against the fewest epochs"}
 
 
-def tests_of(runs, times):
+def comparisons(runs, times):
     """A row for each event and setting of ``runs``, which are of one place: how many, when, and the log-rank tests.
 
     Two questions are asked of a setting: whether its times differ from those without intervention at the same number of
@@ -245,7 +245,7 @@ def tests_of(runs, times):
 
 
 def survival_markdown(tables):
-    """{title: table of tests_of} as Markdown, a table for each event."""
+    """{title: table of comparisons} as Markdown, a table for each event."""
 
     def number(p):
         return "–" if math.isnan(p) else f"{p:.2g}"
@@ -439,7 +439,7 @@ def main(args):
             figure, numbers = draw_survival(members, times)
             figure.suptitle(title)
             drawn.save(figure, numbers, args.output / f"survival_{name}", members)
-            tables[title] = tests_of(members, times)
+            tables[title] = comparisons(members, times)
             broken = [run for run in members if times[run.name]["ratio_broken"].happened]
             if held := [run.name for run in members if run not in broken]:
                 print(f"aligned_{name}: left out, whose ratios never broke: {', '.join(held)}")

@@ -112,14 +112,14 @@ class LogRank(NamedTuple):
 
 
 def logrank(times, reference):
-    """The log-rank test of two lists of Times; NaN where the event happened to no run, or either list is empty.
+    """The log-rank test of two lists of Times; NaN where the event happened to no run, or either has less than two.
 
     The asymptotic p is too small for few runs: of five against five whose events are all earlier it is 0.002 to 0.003,
     and that comes about by chance in 2 of 252 ways to deal ten runs, 0.008. The permutation p is exact up to
     PERMUTATIONS ways, beyond them of as many random ones, and supposes that both groups are censored alike.
     """
     both = [*times, *reference]
-    if not times or not reference or not any(time.happened for time in both):
+    if min(len(times), len(reference)) < 2 or not any(time.happened for time in both):
         return LogRank(np.nan, np.nan)
     scores = logrank_scores(both)
     if np.ptp(scores) < 1e-12:  # all at one step: there is nothing in which the groups could differ
@@ -131,4 +131,6 @@ def logrank(times, reference):
         n_resamples=PERMUTATIONS,
         rng=np.random.default_rng(0),
     )
-    return LogRank(float(stats.logrank(censored(times), censored(reference)).pvalue), float(permuted.pvalue))
+    with np.errstate(invalid="ignore"):  # no variance, where runs of one group alone were left at each event
+        p = stats.logrank(censored(times), censored(reference)).pvalue
+    return LogRank(1.0 if np.isnan(p) else float(p), float(permuted.pvalue))
