@@ -89,6 +89,7 @@ def test_five_against_five():
     assert logrank(happened([3, 3]), happened([3, 3])) == (1, 1)
 
 
+@settings(deadline=None)
 @given(some_times)
 def test_survival_never_rises_and_stays_within_its_band(times):
     curve = kaplan_meier(times)
@@ -99,6 +100,7 @@ def test_survival_never_rises_and_stays_within_its_band(times):
     assert 0 <= restricted_mean(times, 12) <= 12
 
 
+@settings(deadline=None)
 @given(some_times, st.integers(1, 12))
 def test_without_censoring_it_is_the_share_that_is_left(times, step):
     steps = [time.step for time in times]
@@ -111,13 +113,15 @@ def test_without_censoring_it_is_the_share_that_is_left(times, step):
 @given(some_times, some_times)
 def test_the_log_rank_test_has_no_sides(times, others):
     one, other = logrank(times, others), logrank(others, times)
-    assert one == pytest.approx(other, nan_ok=True) and (np.isnan(one.p_permuted) or 0 <= one.p_permuted <= 1)
+    assert tuple(one) == pytest.approx(tuple(other), nan_ok=True)
+    assert np.isnan(one.p_permuted) or 0 < one.p_permuted <= 1
     assert logrank_scores([*times, *others]).sum() == pytest.approx(0, abs=1e-9)
 
 
 scores = st.lists(st.integers(-3, 3), min_size=1, max_size=8)
 
 
+@settings(deadline=None)
 @given(scores, scores)
 def test_one_improves_or_the_other(x, y):
     assert probability_of_improvement(x, y) + probability_of_improvement(y, x) == pytest.approx(1)
