@@ -111,7 +111,7 @@ def test_runs_by_any_name_are_drawn(name, folder, tmp_path):
 
 OUTPUTS = {
     **dict.fromkeys(("curves", "plasticity"), ("x.nope", "x", "nowhere/x.png", "file/x.png", "full.png")),
-    **dict.fromkeys(("claims", "table", "logs", "figures", "learning_check"), ("file", "file/x")),
+    **dict.fromkeys(("claims", "table", "logs", "figures", "statistics", "learning_check"), ("file", "file/x")),
     "soak": ("nowhere/x.md", "full.png"),
 }
 
@@ -120,7 +120,7 @@ OUTPUTS = {
 def test_an_output_that_cant_be_written_costs_a_line_before_any_work(name, folder):
     """Before the runs are looked at: here there are none."""
     flags = {"curves": ["nothing"], "plasticity": ["nothing"], "figures": ["--figure", "1", "--runs", "nothing"]}
-    flags |= {key: ["--runs", "nothing"] for key in ("claims", "table", "logs")}
+    flags |= {key: ["--runs", "nothing"] for key in ("claims", "table", "logs", "statistics")}
     before = sorted(folder.rglob("*"))
     for output in OUTPUTS[name]:
         said = program(name, *flags.get(name, []), "--output", output, code=2, folder=folder)
@@ -128,9 +128,9 @@ def test_an_output_that_cant_be_written_costs_a_line_before_any_work(name, folde
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["claims", "table", "figures"])
+@pytest.mark.parametrize("name", ["claims", "table", "figures", "statistics"])
 def test_a_file_in_the_way_costs_a_line(name, folder, tmp_path):
-    file = {"figures": "figure1_runs.csv"}.get(name, f"{name}.md")
+    file = {"figures": "figure1_runs.csv", "statistics": "survival.md"}.get(name, f"{name}.md")
     (tmp_path / file).mkdir()
     flags = ["--figure", "1"] if name == "figures" else ["--resamples", "100"]
     said = program(name, "--runs", folder / "runs", "--output", tmp_path, *flags, code=2)

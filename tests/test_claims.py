@@ -130,7 +130,7 @@ def test_a_run_in_which_no_episode_ended(tmp_path):
         assert done.stderr == ""
 
 
-@pytest.mark.parametrize("name", ["claims", "table", "figures", "logs"])
+@pytest.mark.parametrize("name", ["claims", "table", "figures", "logs", "statistics"])
 def test_a_console_without_dashes_does_not_matter(tmp_path, name):
     for seed in (1, 2):
         write_run(tmp_path / "runs", seed=seed, env_id="Hopper–v4")
