@@ -42,7 +42,7 @@ from benchmark.logs import (
 )
 from benchmark.measures import final_return, settled, spacing
 from benchmark.remedies import holm
-from benchmark.survival import EVENTS, Time, kaplan_meier, logrank, median_time, times_of
+from benchmark.survival import EVENTS, Time, kaplan_meier, logrank, median_time, restricted_mean, times_of
 from benchmark.table import improvement_interval, probability_of_improvement
 from common.arguments import check_range, fail
 from common.run import parse_args
@@ -221,6 +221,8 @@ def comparisons(runs, times):
     of which the question is asked.
     """
     settings = by_setting(runs)
+    # The restricted means are up to where the curve of each setting is known.
+    until = min(max(times[run.name][event].last_step for run in x for event in EVENTS) for x in settings.values())
     rows = []
     for event, words in EVENTS.items():
         of = {key: [times[run.name][event] for run in members] for key, members in settings.items()}
@@ -228,6 +230,7 @@ def comparisons(runs, times):
         for (intervention, epochs), mine in of.items():
             row = {"event": words, "intervention": intervention, "epochs": epochs, "runs": len(mine)}
             row |= {"events": sum(time.happened for time in mine), "median": median_time(mine)}
+            row |= {"restricted_mean": restricted_mean(mine, until), "until": until}
             fewest = min(count for name, count in of if name == intervention)
             references = {
                 "intervention": of.get(("none", epochs)) if intervention != "none" else None,
@@ -253,13 +256,14 @@ def survival_markdown(tables):
     lines = ["# Times to events, with runs to which they did not happen as censored", ""]
     for title, table in tables.items():
         for event, part in table.groupby("event", sort=False):
-            head = ["intervention", "epochs", "runs", "events", "median time, M steps"]
+            head = ["intervention", "epochs", "runs", "events", "median time, M steps", "restricted mean, M steps"]
             asked = [question for question in QUESTIONS if part[f"p_{question}"].notna().any()]
             head += [f"log-rank p {QUESTIONS[question]} (asymptotic; Holm)" for question in asked]
             lines += [f"## {title}: {event}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
             for row in part.to_dict("records"):
                 median = "not reached" if math.isnan(row["median"]) else f"{row['median'] / 1e6:.2f}"
-                cells = [row[name] for name in ("intervention", "epochs", "runs", "events")] + [median]
+                cells = [row[name] for name in ("intervention", "epochs", "runs", "events")]
+                cells += [median, f"{row['restricted_mean'] / 1e6:.2f}"]
                 for question in asked:
                     p, asymptotic, adjusted = (row[f"p{kind}_{question}"] for kind in ("", "_asymptotic", "_holm"))
                     known = f"{number(p)} ({number(asymptotic)}; {number(adjusted)})"
@@ -268,10 +272,11 @@ def survival_markdown(tables):
             lines.append("")
     lines += [
         "Medians are Kaplan and Meier's: the first step from which on at most half of the runs are without the event; "
-        "not reached where more than half stayed without. p: of the log-rank statistic among all ways to deal the runs "
-        "to the two settings; in brackets that of its normal approximation, which is too small for few runs, and the "
-        "first adjusted by Holm's method for the settings of which a table asks the same question. Nothing is adjusted "
-        "for the number of tables.",
+        "not reached where more than half stayed without. Restricted means are the areas under the curves, up to the "
+        "step until which each setting of a table has been followed (in survival.csv). p: of the log-rank statistic "
+        "among all ways to deal the runs to the two settings; in brackets that of its normal approximation, which is "
+        "too small for few runs, and the first adjusted by Holm's method for the settings of which a table asks the "
+        "same question. Nothing is adjusted for the number of tables.",
         "",
     ]
     return "\n".join(lines)

@@ -152,11 +152,15 @@ def test_the_tests_of_a_place():
     assert len(table) == 3 * 6 and (table["runs"] == 4).all()
     broken = table[table["event"] == EVENTS["ratio_broken"]].set_index(["intervention", "epochs"])
     pfo = broken.loc[("PFO last", 10)]
-    assert (pfo["events"], pfo["median"]) == (4, 1101)
+    assert (pfo["events"], pfo["median"], pfo["restricted_mean"]) == (4, 1101, 1101.5)
     assert pfo["p_intervention"] == pytest.approx(2 / 70) and pfo["p_holm_intervention"] == pytest.approx(8 / 70)
     assert broken.loc[("none", 20), "p_epochs"] == 1 and np.isnan(broken.loc[("none", 20), "p_intervention"])
     quiet = table[table["event"] != EVENTS["ratio_broken"]]
-    assert quiet["median"].isna().all() and quiet.filter(like="p_").isna().all(axis=None)
+    assert (
+        quiet["restricted_mean"].eq(10_000).all()
+        and quiet["median"].isna().all()
+        and quiet.filter(like="p_").isna().all(axis=None)
+    )
 
 
 def test_curves_after_the_break():
