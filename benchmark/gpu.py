@@ -63,7 +63,11 @@ class Report:
     def __init__(self, args, device):
         self.args, self.device, self.rows = args, device, {}
         self.end = self.last = time.monotonic() + args.seconds
-        self.about = {"date": datetime.date.today().isoformat(), "device": name_of(device), "driver": driver()}
+        self.about = {
+            "date": datetime.date.today().isoformat(),
+            "device": name_of(device),
+            "driver": smi("driver_version", device),
+        }
         self.about |= {"cores": usable_cores(), "system": platform.platform(), "commit": git_revision()}
         self.about |= library_versions() | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
 
@@ -116,16 +120,16 @@ def name_of(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.processor()})"
 
 
-def smi(query):
-    """What nvidia-smi says of the first GPU, or None without it."""
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+def smi(query, device):
+    """What nvidia-smi says of a ``torch.device``, or None without either."""
+    if device.type != "cuda":
+        return None
+    # Its own numbers are not those of CUDA_VISIBLE_DEVICES.
+    which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = ["nvidia-smi", f"--id={which}", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         return done.stdout.splitlines()[0].strip()
-
-
-def driver():
-    return smi("driver_version")
 
 
 def verdicts_in(said):
@@ -210,17 +214,20 @@ def agreement(device):
 
 
 class Memory:
-    """The most memory of the GPU in use, in MB, beyond what was when it began, as nvidia-smi sees it twice a second."""
+    """The most memory of a GPU in use, in MB, beyond what was when it began, as nvidia-smi sees it twice a second."""
+
+    def __init__(self, device):
+        self.device = device
 
     def __enter__(self):
-        self.start, self.most, self.over = smi("memory.used"), 0, threading.Event()
+        self.start, self.most, self.over = smi("memory.used", self.device), 0, threading.Event()
         self.thread = threading.Thread(target=self._look, daemon=True)
         self.thread.start()
         return self
 
     def _look(self):
         while self.start and not self.over.wait(0.5):
-            self.most = max(self.most, int(smi("memory.used") or 0) - int(self.start))
+            self.most = max(self.most, int(smi("memory.used", self.device) or 0) - int(self.start))
 
     def __exit__(self, *_):
         self.over.set()
@@ -236,7 +243,7 @@ def train(report, script, flags, processes=1):
     options += ["--diagnostics-interval", str(report.args.iterations)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     deadline = time.monotonic() + min(report.left(10), LONGEST)
-    with tempfile.TemporaryDirectory() as folder, Memory() as memory:
+    with tempfile.TemporaryDirectory() as folder, Memory(report.device) as memory:
         command, running = [sys.executable, str(ROOT / f"{script}.py"), *options, *flags], []
         try:
             for i in range(processes):
@@ -281,12 +288,38 @@ def steps_of_iteration(script, flags):
     return args.batch_size * getattr(args, "frame_skip", 1)
 
 
+def in_turn(pools, act, num_steps):
+    """Seconds in which ``num_steps`` steps of envpools are taken, one of which steps while another's actions are made.
+
+    A single pool waits for its actions: the script's own rollout.
+    """
+    count = len(pools[0].all_env_ids)
+    for pool in pools:
+        pool.reset()
+    for pool in pools[1:]:
+        pool.send(act(count))
+    start = time.perf_counter()
+    for _ in range(num_steps):
+        for i, pool in enumerate(pools):
+            pool.send(act(count))
+            pools[(i + 1) % len(pools)].recv()
+    seconds = time.perf_counter() - start
+    for pool in pools[1:]:
+        pool.recv()
+    return seconds
+
+
 def pieces(device, passed):
-    """Seconds that an iteration's environments, acting and copies take alone, one after the other."""
+    """Seconds that an iteration's environments, acting and copies take alone, and those of all of them together: of all
+    environments at once, and of two halves in turn."""
     import ppo_pfo_atari as script
 
     args = arguments("ppo_pfo_atari", passed)
-    envs = script.make_envs(args, args.num_envs, list(range(args.num_envs)), reward_clip=True)
+
+    def make_envs(count):
+        return script.make_envs(args, count, list(range(count)), reward_clip=True)
+
+    envs = make_envs(args.num_envs)
     agent = script.Agent(int(envs.action_space.n), args).to(device)
     envs.reset()
     actions = torch.zeros(args.num_envs, dtype=torch.int32).numpy()
@@ -296,20 +329,34 @@ def pieces(device, passed):
     on_it = images.to(device)
 
     @torch.no_grad()
-    def act():
-        return agent.policy(on_it).output.argmax(1).cpu()
+    def act(count=args.num_envs):
+        return agent.policy(on_it[:count]).output.argmax(1).int().cpu().numpy()
 
-    def copy():
-        return images.to(device, non_blocking=True)[0, 0, 0].cpu()  # which waits for it
+    def copy(count=args.num_envs):
+        on_it[:count].copy_(images[:count], non_blocking=True)
+
+    def copy_and_wait():
+        copy()
+        return on_it[0, 0, 0].cpu()
+
+    def copy_and_act(count):
+        copy(count)
+        return act(count)
 
     seconds = {}
-    for name, piece in (("environments", lambda: envs.step(actions)), ("acting", act), ("copies", copy)):
+    for name, piece in (("environments", lambda: envs.step(actions)), ("acting", act), ("copies", copy_and_wait)):
         piece()
         start = time.perf_counter()
         for _ in range(args.num_steps):
             piece()
         seconds[f"{name}, s"] = time.perf_counter() - start
+    seconds["together, s"] = in_turn([envs], copy_and_act, args.num_steps)
     envs.close()
+    if args.num_envs % 2 == 0:
+        pools = [make_envs(args.num_envs // 2) for _ in range(2)]
+        seconds["in two halves, s"] = in_turn(pools, copy_and_act, args.num_steps)
+        for pool in pools:
+            pool.close()
     return [seconds]
 
 

@@ -63,9 +63,9 @@ def test_throughput_in_two_precisions(monkeypatch):
 
 def test_precisions_of_a_script_without_them_are_refused():
     flags = ["--precisions", "float32", "bfloat16"]
-    said = program("throughput", "ppo_mujoco.py", *flags, code=2)
+    said = program("throughput", "ppo_mujoco.py", "--cores", "0", *flags, code=2)
     assert said == "error: --precisions float32 bfloat16: must be left out, since ppo_mujoco.py has no --precision\n"
-    said = program("throughput", "ppo_atari.py", "--precisions", "float32", "float32", code=2)
+    said = program("throughput", "ppo_atari.py", "--cores", "0", "--precisions", "float32", "float32", code=2)
     assert said == "error: --precisions float32 float32: must name each precision once\n"
 
 

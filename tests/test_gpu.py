@@ -57,6 +57,46 @@ def test_verdicts_are_read_from_what_pytest_prints(flags, tmp_path):
     assert verdicts == {"test_good": "PASSED", "test_bad": "FAILED", "test_not[a b]": "SKIPPED"}
 
 
+def test_halves_of_the_environments_take_all_steps():
+    """Each pool steps as often as it is given actions, and what it was given is what it is asked to do."""
+    log = []
+
+    class Pool:
+        all_env_ids = (0, 1)
+
+        def __init__(self, name):
+            self.name, self.sent = name, 0
+
+        def reset(self):
+            log.append(f"reset {self.name}")
+
+        def send(self, actions):
+            assert self.sent == 0 and len(actions) == 2
+            self.sent = 1
+            log.append(f"send {self.name}")
+
+        def recv(self):
+            assert self.sent == 1
+            self.sent = 0
+            log.append(f"recv {self.name}")
+
+    assert gpu.in_turn([Pool("a"), Pool("b")], lambda count: [0] * count, 2) > 0
+    steps = ["send b", "send a", "recv b", "send b", "recv a", "send a", "recv b", "send b", "recv a", "recv b"]
+    assert log == ["reset a", "reset b", *steps]
+    log.clear()
+    gpu.in_turn([Pool("a")], lambda count: [0] * count, 2)
+    assert log == ["reset a", "send a", "recv a", "send a", "recv a"]
+
+
+def test_the_pieces_of_an_iteration_are_measured(report):
+    flags = ["--num-envs", "2", "--num-steps", "4", "--minibatch-size", "4"]
+    report.add("pieces", "real", lambda: gpu.pieces(CPU, flags))
+    (row,) = report.rows["pieces"]
+    names = ("environments", "acting", "copies", "together", "in two halves")
+    assert all(row[f"{name}, s"] > 0 for name in names)
+    assert row["environments, s"] < 2 * row["together, s"]
+
+
 def test_a_full_run_is_projected_from_the_best_speed(report):
     report.rows["speed"] = [{"what": "ppo_pfo_atari, eager", "steps/s": x} for x in (1000.0, 2000.0)]
     (row,) = gpu.projection(report, [])
