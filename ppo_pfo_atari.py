@@ -400,8 +400,9 @@ def critic_loss(newvalue, held, mb, args):
     return loss, {"value_loss": v_loss, "pfo_critic": pfo_critic}
 
 
-def losses(agent, mb, kl_coef, args):
-    """The sum of both losses on a minibatch, and what is logged of them by name."""
+def losses(agent, batch, mb_inds, kl_coef, args):
+    """The sum of both losses on the minibatch ``mb_inds`` of a batch, and what is logged of them by name."""
+    mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}
     with hidden_precision(args, mb["obs"].device):
         policy, value = agent(mb["obs"], args.pfo_layers == "all")
     held = pfo_input(policy, args.pfo_layers, args.pfo_on)
@@ -417,11 +418,11 @@ def make_optimizers(agent, args):
     return torch.optim.Adam(agent.actor.parameters(), **adam), torch.optim.Adam(agent.critic.parameters(), **adam)
 
 
-def update(agent, losses, optimizers, mb, kl_coef, args):
+def update(agent, losses, optimizers, batch, mb_inds, kl_coef, args):
     """One gradient step on a minibatch; returns what is logged by name, without waiting for the device."""
     for optimizer in optimizers:
         optimizer.zero_grad()
-    loss, logged = losses(agent, mb, kl_coef, args)
+    loss, logged = losses(agent, batch, mb_inds, kl_coef, args)
     loss.backward()
     logged["actor_grad_norm"] = nn.utils.clip_grad_norm_(agent.actor.parameters(), args.max_grad_norm)
     logged["critic_grad_norm"] = nn.utils.clip_grad_norm_(agent.critic.parameters(), args.max_grad_norm)
@@ -569,9 +570,8 @@ if __name__ == "__main__":
         order = order.split(args.minibatch_size)
         logged, phase = [], UpdatePhase(agent, batch, len(order), categorical_kl, run.diagnosed)
         for k, mb_inds in enumerate(order):
-            mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}
-            with phase.step(k, mb["advantages"]):
-                stats = take_step(agent, losses, optimizers, mb, kl_coef, args)
+            with phase.step(k, batch["advantages"][mb_inds]):
+                stats = take_step(agent, losses, optimizers, batch, mb_inds, kl_coef, args)
             logged.append(torch.stack(list(stats.values())))
             if args.target_kl and stats["kl"].item() > args.target_kl:
                 break

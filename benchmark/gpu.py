@@ -186,7 +186,9 @@ def agreement(device):
         agent.to(where), other.to(where)
         on_it = {name: x.to(where) for name, x in mb.items()}
         agent.zero_grad()
-        loss, logged = script.losses(agent, on_it, torch.tensor(0.0, device=where), args)
+        loss, logged = script.losses(
+            agent, on_it, torch.arange(256, device=where), torch.tensor(0.0, device=where), args
+        )
         loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in agent.parameters()]).double().cpu()
         with torch.no_grad():

@@ -6,6 +6,8 @@ Python's values: it is made anew when any that it was told of has changed, and i
 the plain code.
 """
 
+import weakref
+
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -44,7 +46,8 @@ class Graphed:
     """``plain(*args)``, whose work is on tensors alone, by a CUDA graph for each kind of arguments.
 
     args: nests of dicts, lists and tuples. Their tensors are copied to where the graph reads them, and may differ from
-    call to call; what else they hold, and the tensors' shapes, make the kind. Of modules and optimizers, the tensors
+    call to call; one that is as it was at the call before is not copied again. What else they hold, and the tensors'
+    shapes, make the kind. Of modules and optimizers, the tensors
     are read and written where they are: given others, or another number in an optimizer's settings, they are of another
     kind. What ``plain`` returns is written over by the next call of the kind.
 
@@ -76,11 +79,13 @@ class Graphed:
             return self.backend.warm_up(lambda: self.plain(*args))
         if kind not in self.graphs and not self._record(kind, leaves, spec):
             return self.plain(*args)
-        replay, inputs, result = self.graphs[kind]
+        replay, inputs, copied, result = self.graphs[kind]
         self.since += 1
         expected = torch.no_grad()(self.expected)(*args) if self.expected and self.since % EVERY == 1 else {}
-        for buffer, x in zip(inputs, (x for x in leaves if isinstance(x, torch.Tensor)), strict=True):
-            buffer.copy_(x, non_blocking=True)
+        for i, x in enumerate(x for x in leaves if isinstance(x, torch.Tensor)):
+            if copied[i][0]() is not x or copied[i][1] != x._version:  # writing into a tensor or a view of it raises it
+                inputs[i].copy_(x, non_blocking=True)
+                copied[i] = weakref.ref(x), x._version
         replay()
         for name, x in expected.items():
             if not torch.allclose(result[name], x, **TOLERANCE):
@@ -96,7 +101,8 @@ class Graphed:
         except Exception as error:  # of code that somebody changed: whatever a recording has against it
             self._give_up(f"it can't be recorded ({type(error).__name__}: {error})")
             return False
-        self.graphs[kind] = replay, [x for x in inputs if x is not None], result
+        inputs = [x for x in inputs if x is not None]
+        self.graphs[kind] = replay, inputs, [(weakref.ref(x), 0) for x in inputs], result
         return True
 
     def _forget(self):

@@ -71,12 +71,29 @@ def test_gradient_steps_are_those_of_plain_code(name):
             kl_coef.fill_(k)
             if k == WARM_UP + 2:
                 reset(optimizers)
-            stats = update(agent, script.losses, optimizers, mb, kl_coef, args)
+            stats = update(agent, script.losses, optimizers, mb, torch.randperm(8), kl_coef, args)
             found.append({name: x.item() for name, x in stats.items()})
         agents.append(agent.state_dict())
     assert rows[0] == rows[1] and same(*agents)
     # The first call has made the moments, which are elsewhere than none.
     assert updates[1].backend.recorded == 1 and updates[1].since == 3
+
+
+def test_what_has_not_changed_is_not_copied_again():
+    """A batch, of which each minibatch takes some samples; whatever is written into it is seen."""
+    it = graphed(lambda x, indices: {"y": x["a"].index_select(0, indices)})[0]
+    batch, k = {"a": torch.arange(8.0)}, torch.tensor([1, 2])
+    for _ in range(WARM_UP + 2):
+        it(batch, k)
+    (buffer, _) = it.graphs[next(iter(it.graphs))][1]
+    buffer.fill_(-1.0)
+    assert it(batch, k)["y"].tolist() == [-1, -1] == it(batch, k + 1)["y"].tolist()
+    batch["a"][:4].add_(10)  # by a view
+    assert it(batch, k)["y"].tolist() == [11, 12]
+    batch["a"] = batch["a"] * 2  # another tensor
+    assert it(batch, k)["y"].tolist() == [22, 24]
+    del batch  # and one that may lie where it was
+    assert it({"a": torch.zeros(8)}, k)["y"].tolist() == [0, 0]
 
 
 def replaced(module):

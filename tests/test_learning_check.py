@@ -128,7 +128,8 @@ def test_both_implementations_have_the_same_advantages_and_gradients():
     batch = {"obs": obs[:-1], "logits": logits[:-1], "actions": actions, "values": values[:-1], "returns": returns}
     batch = {name: x.flatten(0, 1) for name, x in {**batch, "advantages": advantages}.items()}
     kl_coef = torch.tensor(0.0)
-    ppo_atari.update(agent, ppo_atari.losses, ppo_atari.make_optimizers(agent, args), batch, kl_coef, args)
+    optimizers, mb_inds = ppo_atari.make_optimizers(agent, args), torch.arange(len(batch["obs"]))
+    ppo_atari.update(agent, ppo_atari.losses, optimizers, batch, mb_inds, kl_coef, args)
     for their_layer, layer in layers:
         error = (their_layer.weight.grad - layer.weight.grad).norm() / layer.weight.grad.norm()
         assert error < 5e-3

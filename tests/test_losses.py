@@ -230,7 +230,7 @@ def test_update_clips_each_network_on_its_own():
     mb = {"obs": torch.randint(0, 256, (8, 84, 84, 4), dtype=torch.uint8), "actions": torch.arange(8) % 4}
     mb |= {"logits": torch.randn(8, 4), "advantages": torch.randn(8), "returns": 50 + torch.randn(8)}
     mb |= {"values": torch.zeros(8), "actor_held": torch.randn(8, 512), "critic_held": torch.zeros(8, 512)}
-    logged = script.update(agent, script.losses, optimizers, mb, torch.tensor(0.0), args)
+    logged = script.update(agent, script.losses, optimizers, mb, torch.randperm(8), torch.tensor(0.0), args)
     for network, name in ((agent.actor, "actor"), (agent.critic, "critic")):
         assert logged[f"{name}_grad_norm"] > 1e-2  # before clipping
         after = torch.cat([p.grad.flatten() for p in network.parameters()]).norm()

@@ -123,8 +123,7 @@ def test_update_phase_against_a_plain_computation(name, monkeypatch, float64):
         optimizer.param_groups[0]["lr"] = rate
     logged = []
     for mb_inds in order:
-        mb = {key: x[mb_inds] for key, x in batch.items()}
-        row = script.update(agent, script.losses, optimizers, mb, torch.tensor(0.0), args)
+        row = script.update(agent, script.losses, optimizers, batch, mb_inds, torch.tensor(0.0), args)
         logged.append({key: x.item() for key, x in row.items()})
 
     # The plain side

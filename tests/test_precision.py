@@ -59,12 +59,17 @@ def minibatches(batch, size):
     return [{name: x[mb_inds] for name, x in batch.items()} for mb_inds in order.split(size)]
 
 
+def everything(mb):
+    """The indices of all samples of a minibatch."""
+    return torch.arange(len(mb["obs"]), device=mb["obs"].device)
+
+
 def trained(script, agent, args, batch, steps):
     """The optimizers that moved ``agent`` by some gradient steps."""
     optimizers, kl_coef = script.make_optimizers(agent, args), torch.tensor(0.0, device=batch["obs"].device)
     while steps > 0:
         for mb in minibatches(batch, args.minibatch_size)[:steps]:
-            script.update(agent, script.losses, optimizers, mb, kl_coef, args)
+            script.update(agent, script.losses, optimizers, mb, everything(mb), kl_coef, args)
             steps -= 1
     return optimizers
 
@@ -103,7 +108,7 @@ def test_nothing_has_moved_before_the_first_step(name, weights, device):
     kl_coef = torch.tensor(0.0, device=device)
     for size in (3, 8, 32, 96):
         for mb in minibatches(batch, size)[:4]:
-            _, logged = script.losses(agent, mb, kl_coef, args)
+            _, logged = script.losses(agent, mb, everything(mb), kl_coef, args)
             assert abs(logged["old_approx_kl"]) < 1e-3 and logged["clipfrac"] == 0
             for network in ("actor", "critic") if name == "ppo_pfo_atari" else ():
                 assert logged[f"pfo_{network}"] <= 1e-6 * mb[f"{network}_held"].square().mean()
@@ -116,7 +121,7 @@ def test_nothing_has_moved_before_the_first_step(name, weights, device):
 
 def loss_and_gradients(script, agent, mb, args):
     agent.zero_grad()
-    loss, logged = script.losses(agent, mb, torch.tensor(0.0), args)
+    loss, logged = script.losses(agent, mb, everything(mb), torch.tensor(0.0), args)
     loss.backward()
     layers = {}
     for name, p in agent.named_parameters():
