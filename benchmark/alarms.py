@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 
 from benchmark.figures import COLOURS, STYLE
-from benchmark.logs import DIAGNOSED, RETURN, check_folder, make_folder, print_left_out, read_runs, writing
+from benchmark.logs import DIAGNOSED, RETURN, print_left_out, read_runs, writing
 from benchmark.measures import collapse, excess_ratio
 from common.alarms import ALARMS, CATEGORICAL, Watch, severity
-from common.arguments import check_range, fail
+from common.arguments import check_folder, check_range, fail, make_folder
 from common.run import parse_args
 
 matplotlib.use("Agg")

@@ -19,8 +19,6 @@ from benchmark.logs import (
     DIAGNOSED,
     PLASTICITY,
     RETURN,
-    check_folder,
-    make_folder,
     order_of,
     print_left_out,
     read_runs,
@@ -30,7 +28,7 @@ from benchmark.logs import (
 from benchmark.measures import collapse, excess_ratio, final_values, last_of, settled
 from benchmark.survival import logrank, times_of
 from benchmark.table import interval, probability_of_improvement, resampled
-from common.arguments import check_range, fail
+from common.arguments import check_folder, check_range, fail, make_folder
 from common.run import parse_args
 
 # What is compared: its words, and whether an effect on it is a ratio or a difference

@@ -29,9 +29,7 @@ from benchmark.logs import (
     RANKS,
     RETURN,
     SETTING,
-    check_folder,
     file_name,
-    make_folder,
     order_of,
     print_left_out,
     read_runs,
@@ -51,7 +49,7 @@ from benchmark.measures import (
     ranks_of,
     smooth,
 )
-from common.arguments import check_range, fail
+from common.arguments import check_folder, check_range, fail, make_folder
 from common.run import parse_args
 
 matplotlib.use("Agg")

@@ -29,8 +29,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from benchmark.logs import check_folder, make_folder
-from common.arguments import Range, check_ranges, one_line, pick_device, usable_cores
+from common.arguments import Range, check_folder, check_ranges, make_folder, one_line, pick_device, usable_cores
 from common.run import git_revision, library_versions, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent

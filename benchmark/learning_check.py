@@ -36,8 +36,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ppo_atari
 from benchmark.curves import bootstrap_interval, bootstrap_means, moving_average
-from benchmark.logs import check_folder, make_folder, writing
-from common.arguments import check_range, fail
+from benchmark.logs import writing
+from common.arguments import check_folder, check_range, fail, make_folder
 from common.run import parse_args
 
 matplotlib.use("Agg")

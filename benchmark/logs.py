@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
-from common.arguments import check_range, fail
+from common.arguments import check_folder, check_range, fail, make_folder
 from common.run import parse_args
 
 RETURN = "charts/rollout_return"
@@ -632,24 +632,6 @@ def print_left_out(left_out, notes=()):
         print(f"left out, {reason}: {', '.join(names)}")
     for note in notes:
         print(f"note: {note}")
-
-
-def check_folder(path):
-    """Refuse a folder ``--output`` that can't be written or created, before there is anything to write."""
-    there = next(x for x in (path, *Path(os.path.abspath(path)).parents) if os.path.exists(x))
-    if not os.path.isdir(there):
-        fail(f"--output {path}: can't be a folder, since {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        fail(f"--output {path}: can't be written, without the right to write in {there}")
-
-
-def make_folder(path):
-    """The folder ``--output``, created if it is not there."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--output {path}: can't be created ({error.strerror})")
-    check_folder(path)
 
 
 @contextlib.contextmanager

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from benchmark.logs import check_folder, make_folder, print_left_out, read_runs, writing
+from benchmark.logs import print_left_out, read_runs, writing
 from benchmark.measures import last_of
 from benchmark.table import improvement_interval, interval, probability_of_improvement, resampled, table_of_runs
-from common.arguments import check_range, fail
+from common.arguments import check_folder, check_range, fail, make_folder
 from common.run import parse_args
 
 matplotlib.use("Agg")

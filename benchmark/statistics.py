@@ -30,10 +30,8 @@ from benchmark.logs import (
     DIAGNOSED,
     INTERVENTIONS,
     RETURN,
-    check_folder,
     describe,
     file_name,
-    make_folder,
     order_of,
     print_left_out,
     read_runs,
@@ -44,7 +42,7 @@ from benchmark.measures import final_return, settled, spacing
 from benchmark.remedies import holm
 from benchmark.survival import EVENTS, Time, kaplan_meier, logrank, median_time, restricted_mean, times_of
 from benchmark.table import improvement_interval, probability_of_improvement
-from common.arguments import check_range, fail
+from common.arguments import check_folder, check_range, fail, make_folder
 from common.run import parse_args
 
 matplotlib.use("Agg")

@@ -14,19 +14,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from benchmark.logs import (
-    RETURN,
-    SETTING,
-    check_folder,
-    make_folder,
-    order_of,
-    print_left_out,
-    read_runs,
-    settings_table,
-    writing,
-)
+from benchmark.logs import RETURN, SETTING, order_of, print_left_out, read_runs, settings_table, writing
 from benchmark.measures import FINAL_MEASURES, collapse, final_values, rank_when_broken, ratio_broken, settled
-from common.arguments import check_range, fail
+from common.arguments import check_folder, check_range, fail, make_folder
 from common.run import parse_args
 
 KEY = ("source", "env_id", "activation", "schedule", "intervention")  # of a row, but for the epochs

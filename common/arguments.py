@@ -18,6 +18,7 @@ import shutil
 import sys
 import textwrap
 import typing
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -292,6 +293,24 @@ def check_output(path, *endings, name="output"):
             path.unlink()
     except OSError as error:
         fail(f"{flag(name)} {path}: can't be written ({error.strerror})")
+
+
+def check_folder(path):
+    """Refuse a folder ``--output`` that can't be written or created, before there is anything to write."""
+    there = next(x for x in (path, *Path(os.path.abspath(path)).parents) if os.path.exists(x))
+    if not os.path.isdir(there):
+        fail(f"--output {path}: can't be a folder, since {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        fail(f"--output {path}: can't be written, without the right to write in {there}")
+
+
+def make_folder(path):
+    """The folder ``--output``, created if it is not there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--output {path}: can't be created ({error.strerror})")
+    check_folder(path)
 
 
 def pick_device(name):
