@@ -7,6 +7,8 @@ Writes gpu.md and gpu.json, anew after each measurement, so that what was cut sh
 ``--seconds``; what no time was left for, and what failed, is a line of its own. Flags behind ``--`` go to every run. A
 run's speed is that between the end of its first iteration and the end of the last but one, agent steps a second; those
 two are diagnosed, which a full run does in one iteration of 33. Without a GPU it runs on the CPU, and says so.
+A machine without a network needs torch, numpy, tensorboard, tqdm, imageio, envpool, gymnasium and tyro for it, and
+pytest with pygments and hypothesis for the tests; pandas, SciPy, W&B and Ray are not used.
 """
 
 import contextlib

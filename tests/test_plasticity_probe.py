@@ -265,7 +265,10 @@ def test_curvature_in_a_probe_against_loops(run):
         assert row["hessian_trace"] == pytest.approx(np.mean([(v @ times(v)).item() for v in signs]), rel=1e-3)
 
 
-@pytest.mark.parametrize("script, network", [("ppo_atari", "critic"), ("ppo_mujoco", "actor")])
+ON_ATARI = {"marks": pytest.mark.slow}  # a network of 1.7 M parameters
+
+
+@pytest.mark.parametrize("script, network", [pytest.param("ppo_atari", "critic", **ON_ATARI), ("ppo_mujoco", "actor")])
 def test_curvature_is_added_to_fits_that_lack_it(run, script, network, monkeypatch, capsys):
     """Of an older revision, whose table had no such columns, or without it: nothing is fitted again."""
     monkeypatch.setattr(Atari, "curvature_states", 3)
@@ -348,7 +351,7 @@ def test_networks_that_are_the_targets_start_at_loss_0(run, script, data):
         assert rows[STEPS[script][-1], network]["initial_loss"] > 1e-6
 
 
-@pytest.mark.parametrize("script, units", [("ppo_atari", 512), ("ppo_mujoco", 64)])
+@pytest.mark.parametrize("script, units", [pytest.param("ppo_atari", 512, **ON_ATARI), ("ppo_mujoco", 64)])
 def test_dead_networks_cannot_fit_and_say_so(run, script, units, capsys):
     folder = run(script)
     path = folder / "checkpoints" / f"{STEPS[script][-1]}.pt"
