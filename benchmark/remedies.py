@@ -85,6 +85,23 @@ def table_of_seeds(runs):
     return table
 
 
+def with_earlier(seeds, path):
+    """``seeds`` and the rows of an earlier ``runs.csv`` whose remedy has no run among them; ends the program where that
+    file is another, or of another setting."""
+    try:
+        earlier = pd.read_csv(path)
+    except (OSError, ValueError) as error:  # pandas' and Unicode's errors are ValueErrors
+        fail(f"--earlier {path}: can't be read as CSV ({error})")
+    if missing := [name for name in seeds if name not in earlier]:
+        fail(f"--earlier {path}: must be a runs.csv of this command; it has no column {', '.join(missing)}")
+    for name in ("source", "env_id", "activation", "schedule", "epochs"):
+        other = set(earlier[name]) - set(seeds[name])
+        if other:
+            fail(f"--earlier {path}: must be of the setting of --runs, and has {name} {other.pop()}")
+    earlier = earlier[~earlier["intervention"].isin(seeds["intervention"])]
+    return pd.concat([seeds, earlier[list(seeds)]], ignore_index=True) if len(earlier) else seeds
+
+
 def table_of_remedies(seeds, seed, resamples):
     """A row for each remedy, the highest return at the end first; ``seeds`` is of table_of_seeds."""
     rows, ppo = [], seeds[seeds["intervention"] == PPO]
@@ -173,6 +190,8 @@ def draw(table, seeds):
 class Args:
     runs: tuple[str, ...] = ("remedies/runs",)
     """run folders, folders of runs, files of benchmark.logs, or quoted patterns of these"""
+    earlier: Path | None = None
+    """runs.csv of an earlier call, of which the remedies count that --runs has none of"""
     output: Path = Path("benchmark/results/remedies")
     """folder of remedies.md, .csv (a row for each remedy), .png and .pdf, and runs.csv (a row for each run)"""
     resamples: int = 10_000
@@ -194,10 +213,14 @@ def main(args):
         fail(
             f"--runs {' '.join(args.runs)}: must be of one environment and setting, and are of {len(settings)}", code=1
         )
-    if len({run.intervention for run in runs} | {PPO}) < 2 or PPO not in {run.intervention for run in runs}:
+    if not runs:
+        fail(f"--runs {' '.join(args.runs)}: must hold finished runs", code=1)
+    seeds = table_of_seeds(runs)
+    if args.earlier:
+        seeds = with_earlier(seeds, args.earlier)
+    if len(set(seeds["intervention"]) | {PPO}) < 2 or PPO not in set(seeds["intervention"]):
         fail(f"--runs {' '.join(args.runs)}: must hold finished runs of PPO without change, and of a remedy", code=1)
     make_folder(args.output)
-    seeds = table_of_seeds(runs)
     table = table_of_remedies(seeds, args.seed, args.resamples)
     text, figure = markdown(table), draw(table, seeds)
     for name, write in (

@@ -3,20 +3,30 @@
 # paper's code without clipping, 20 epochs, ReLU, 2 M steps, 5 seeds each; then plasticity losses, table and figure.
 # Five seeds of one setting take about half an hour of one core. Given again, it does what is missing.
 # What stands behind is passed on to the runner: --dry-run, --num-cpus 2, --address auto, …
+# Settings that benchmark/results/remedies/runs.csv has five runs of are not run again: remove it to begin anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 recipes="spo layer_norm adam_rel weight_decay weight_clipping soft_shrink_perturb l2_init parseval chain crelu nap redo"
 recipes="$recipes output_pfo bootstrap_truncation"
 setting="--activation ReLU --total-timesteps 2000000"
-commands=("python ppo_mujoco.py $setting" "python ppo_mujoco.py $setting --pfo-coef 10")
-commands+=("python ppo_mujoco.py $setting --no-clip-objective --kl-coef 1")
-commands+=("python ppo_mujoco.py $setting --no-clip-objective --target-kl 0.01")
-names=()
+results=benchmark/results/remedies
+commands=() names=()
+add() { # the intervention's name in runs.csv, and the command
+    [ "$(grep -c ",20,$1," "$results/runs.csv" 2>/dev/null)" = 5 ] || commands+=("$2")
+}
+add none "python ppo_mujoco.py $setting"
+add "PFO last" "python ppo_mujoco.py $setting --pfo-coef 10"
+add "KL penalty" "python ppo_mujoco.py $setting --no-clip-objective --kl-coef 1"
+add "early stopping" "python ppo_mujoco.py $setting --no-clip-objective --target-kl 0.01"
 for recipe in $recipes; do
     names+=("${recipe}_mujoco")
-    commands+=("python ${recipe}_mujoco.py $setting")
+    add "${recipe}_mujoco" "python ${recipe}_mujoco.py $setting"
 done
+if [ ${#commands[@]} = 0 ]; then
+    echo "$results/runs.csv has them all"
+    exit
+fi
 python -m benchmark.recipe "${names[@]}"
 python -m benchmark.run --folder remedies --batch-seeds --seeds 25 7 64 27 4 --env-ids Hopper-v4 --epochs 20 \
     --commands "${commands[@]}" "$@"
@@ -26,5 +36,8 @@ for argument in "$@"; do
 done
 
 python -m benchmark.run --folder remedies --commands "python plasticity_probe.py" --runs remedies/runs/* "$@"
-python -m benchmark.logs --runs remedies/runs --output benchmark/results/remedies
-python -m benchmark.remedies --runs remedies/runs --output benchmark/results/remedies
+python -m benchmark.logs --runs remedies/runs --output "$results"
+earlier=""
+if [ -e "$results/runs.csv" ]; then earlier="--earlier $results/runs.csv"; fi
+# shellcheck disable=SC2086 # two words, or none
+python -m benchmark.remedies --runs remedies/runs $earlier --output "$results"

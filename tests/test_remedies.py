@@ -87,6 +87,38 @@ def test_the_command(tmp_path):
     assert list(table["remedy"]) == ["spo_mujoco", "none"] and list(table["runs"]) == [3, 3]
 
 
+def test_remedies_of_an_earlier_call_are_kept(tmp_path, capsys):
+    """By their rows alone; of a remedy that is there again, the new runs count."""
+
+    def call(*scripts, **flags):
+        (tmp_path / "-".join(scripts)).mkdir()
+        for script in scripts:
+            for seed in range(3):
+                write_run(tmp_path / "-".join(scripts), curves_of(seed, "ppo" in script), seed=seed, script=script)
+        args = remedies.Args(runs=(str(tmp_path / "-".join(scripts)),), output=tmp_path / "out", resamples=200, **flags)
+        remedies.main(args)
+        return [pd.read_csv(tmp_path / "out" / name) for name in ("remedies.csv", "runs.csv")]
+
+    earlier = tmp_path / "out" / "runs.csv"
+    call("ppo_mujoco.py", "spo_mujoco.py")
+    table, runs = call("redo_mujoco.py", earlier=earlier)
+    assert set(table["remedy"]) == {"none", "spo_mujoco", "redo_mujoco"} and len(runs) == 9
+    together = remedies.table_of_remedies(runs, 0, 200)
+    means = list(remedies.MEASURES)
+    assert np.allclose(together[means].astype(float), table[means].astype(float), rtol=1e-4, equal_nan=True)
+    table, runs = call("spo_mujoco.py", earlier=earlier)
+    assert len(runs) == 9 and runs["run"].is_unique
+    for text, words in (("a,b\n1,2\n", "has no column run"), ("", "can't be read as CSV")):
+        (tmp_path / "other.csv").write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            remedies.main(remedies.Args((str(tmp_path / "spo_mujoco.py"),), tmp_path / "other.csv", tmp_path / "none"))
+        assert stop.value.code == 2 and words in capsys.readouterr().err and not (tmp_path / "none").exists()
+    runs.assign(epochs=99).to_csv(tmp_path / "other.csv")
+    with pytest.raises(SystemExit) as stop:
+        remedies.main(remedies.Args((str(tmp_path / "spo_mujoco.py"),), tmp_path / "other.csv", tmp_path / "none"))
+    assert stop.value.code == 2 and "has epochs 99" in capsys.readouterr().err
+
+
 def test_without_ppo_there_is_nothing_to_compare_with(tmp_path, capsys):
     (tmp_path / "runs").mkdir()
     write_run(tmp_path / "runs", curves_of(0), script="spo_mujoco.py")
