@@ -42,6 +42,7 @@ def test_throughput(script, mflop):
 
 
 @pytest.mark.skipif(not _cpu_has_bfloat16(), reason="a product in bfloat16 would take this processor minutes")
+@pytest.mark.slow
 def test_throughput_in_two_precisions(monkeypatch):
     """Each has its own product; the ratios are those of the printed speeds, and one round is its own median."""
     monkeypatch.setattr(sys, "argv", ["-c", "bfloat16"])

@@ -264,7 +264,7 @@ def test_a_shared_trunk_is_measured_under_both_names(finished):
     assert (norms[0] == norms[1]) == (name == "ppo_atari")
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", forked.slow(SCRIPTS, "ppo_atari_2models", "ppo_pfo_atari"))
 def test_cleanrls_classic_setting_runs(name, tmp_path):
     """The command of the script's first lines, on a game with a FIRE reset, cut short."""
     flags = "--frame-skip 4 --repeat-action-probability 0 --noop-max 30 --fire-reset --episodic-life "
