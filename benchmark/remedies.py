@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from benchmark.figures import log_axis
 from benchmark.logs import print_left_out, read_runs, writing
 from benchmark.measures import last_of
 from benchmark.table import improvement_interval, interval, probability_of_improvement, resampled, table_of_runs
@@ -22,6 +23,7 @@ from common.run import parse_args
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter
 
 PPO = "none"
 # By column of the table: what it is, and whether it is averaged as a logarithm. At the end: the last 5 % of training.
@@ -180,6 +182,9 @@ def draw(table, seeds):
             axis.plot(row[name], y, "D", color="black", markerfacecolor="black" if shown else "white", markersize=5)
         if logarithmic and (seeds[name] > 0).any():
             axis.set_xscale("log")
+            log_axis(axis.xaxis)
+        if name in NEVER:
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.set_xlabel(label)
         axis.set_yticks(range(len(table)), ["PPO" if x == PPO else x for x in table["remedy"]])
         axis.set_ylim(len(table) - 0.5, -0.5)
