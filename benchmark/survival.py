@@ -126,7 +126,7 @@ def logrank(times, reference):
         return LogRank(1.0, 1.0)
     permuted = stats.permutation_test(
         (scores[: len(times)], scores[len(times) :]),
-        lambda x, y, axis: x.sum(axis=axis),
+        lambda x, y, axis: x.sum(axis=axis).round(9),  # or ties would hang on the rounding of their sums
         vectorized=True,
         n_resamples=PERMUTATIONS,
         rng=np.random.default_rng(0),
