@@ -5,11 +5,12 @@
 Writes, for each environment (on MuJoCo and its activation) and learning rate schedule, Kaplan–Meier curves of the time
 to each event and curves of all runs aligned at the step at which their ratios broke, as PNG, PDF and CSV; the log-rank
 tests, survival.md and .csv; the probability that a run of one setting returns more than one of another, improvement.md
-and .csv; and rliable_{suite}_scores.npz and _curves.npz, for https://github.com/google-research/rliable:
+and .csv; and rliable_{suite}_scores.npz and _curves.npz, for https://github.com/google-research/rliable, whose library
+and metrics have what is called here:
 
     file = np.load("rliable_Atari_scores.npz")
     scores = {name: file[name] for name in file.files if name != "tasks"}  # of each setting, (runs, tasks)
-    points, intervals = rliable.library.get_interval_estimates(scores, lambda x: np.array([aggregate_iqm(x)]))
+    points, intervals = get_interval_estimates(scores, lambda x: np.array([aggregate_iqm(x)]))
 
 The curves are (runs, tasks, frames), with ``frames``, environment steps, as well. Exit codes: 0, 1 if no run can be
 used, 2 for a wrong command line.
