@@ -47,9 +47,9 @@ class Graphed:
 
     args: nests of dicts, lists and tuples. Their tensors are copied to where the graph reads them, and may differ from
     call to call; one that is as it was at the call before is not copied again. What else they hold, and the tensors'
-    shapes, make the kind. Of modules and optimizers, the tensors
-    are read and written where they are: given others, or another number in an optimizer's settings, they are of another
-    kind. What ``plain`` returns is written over by the next call of the kind.
+    shapes, make the kind. Of modules and optimizers, the tensors are read and written where they are: given others, or
+    another number in an optimizer's settings, they are of another kind. What ``plain`` returns is written over by the
+    next call of the kind.
 
     name: what it does, for messages. args: the script's, whose values it reads; elsewhere than on a CUDA device, with
     ``--compile`` and with ``--no-cuda-graphs``, ``plain`` runs alone. run: is told what goes wrong. expected(*args):
@@ -83,9 +83,10 @@ class Graphed:
         self.since += 1
         expected = torch.no_grad()(self.expected)(*args) if self.expected and self.since % EVERY == 1 else {}
         for i, x in enumerate(x for x in leaves if isinstance(x, torch.Tensor)):
-            if copied[i][0]() is not x or copied[i][1] != x._version:  # writing into a tensor or a view of it raises it
+            given, version = copied[i]
+            if given() is not x or version != x._version:  # which each writing into it or into a view of it raises
                 inputs[i].copy_(x, non_blocking=True)
-                copied[i] = weakref.ref(x), x._version
+                copied[i] = _state(x)
         replay()
         for name, x in expected.items():
             if not torch.allclose(result[name], x, **TOLERANCE):
@@ -101,8 +102,8 @@ class Graphed:
         except Exception as error:  # of code that somebody changed: whatever a recording has against it
             self._give_up(f"it can't be recorded ({type(error).__name__}: {error})")
             return False
-        inputs = [x for x in inputs if x is not None]
-        self.graphs[kind] = replay, inputs, [(weakref.ref(x), 0) for x in inputs], result
+        inputs, given = ([x for x in xs if isinstance(x, torch.Tensor)] for xs in (inputs, leaves))
+        self.graphs[kind] = replay, inputs, list(map(_state, given)), result
         return True
 
     def _forget(self):
@@ -131,6 +132,11 @@ def _kind(x):
         moments = (value for state in x.state.values() for value in state.values())
         return id(x), tuple(map(_place, settings)), tuple(map(_place, moments))
     return x if isinstance(x, bool | int | float | str | None) else id(x)
+
+
+def _state(x):
+    """Which tensor it is, even where another comes to lie in its place, and what has been written into it."""
+    return weakref.ref(x), x._version
 
 
 def _place(x):

@@ -296,9 +296,9 @@ def _check(x):
 
 def _undefined(x):
     # In float64, no sum of smaller floats overflows: it is finite if all of them are, and faster than looking at each.
-    if x.numel() == 0 or x.dtype == torch.float64:
+    if x.dtype == torch.float64:
         return x.numel() == 0 or not x.isfinite().all()
-    return not math.isfinite(x.sum(dtype=torch.float64).item())
+    return x.numel() == 0 or not math.isfinite(x.sum(dtype=torch.float64).item())
 
 
 def _centred_norm(x, dim):

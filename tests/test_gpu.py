@@ -97,6 +97,22 @@ def test_the_pieces_of_an_iteration_are_measured(report):
     assert row["environments, s"] < 2 * row["together, s"]
 
 
+@pytest.mark.slow
+def test_the_command_on_a_cpu(tmp_path):
+    """It measures what there is time for, names the rest, and marks all of it as of a CPU."""
+    parts = ["--parts", "agreement", "speed", "sharing", "--iterations", "4", "--seconds", "90"]
+    flags = ["--num-envs", "2", "--num-steps", "8", "--minibatch-size", "8", "--update-epochs", "1"]
+    command = [sys.executable, "-m", "benchmark.gpu", "--device", "cpu", "--output", str(tmp_path), *parts]
+    done = subprocess.run([*command, "--", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert {*found["parts"]} == {"agreement", "pieces of an iteration", "speed", "sharing", "projection"}
+    assert found["parts"]["speed"][0]["steps/s"] > 0 and found["about"]["commit"]
+    rows = [row for rows in found["parts"].values() for row in rows]
+    assert not any("failed" in str(row.get("result")) for row in rows), rows
+    assert "none of these numbers is of a GPU" in (tmp_path / "gpu.md").read_text()
+
+
 def test_a_full_run_is_projected_from_the_best_speed(report):
     report.rows["speed"] = [{"what": "ppo_pfo_atari, eager", "steps/s": x} for x in (1000.0, 2000.0)]
     (row,) = gpu.projection(report, [])
