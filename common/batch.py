@@ -49,7 +49,7 @@ class Batch:
         """Tensors (S, …), one for each parameter, as one like ``rows``."""
         parts = []
         for x, gap in zip(tensors, self.gaps, strict=True):
-            parts += [x.flatten(1), *([x.new_zeros((len(x), gap))] if gap else [])]
+            parts += [x.flatten(1), *([torch.zeros((len(x), gap), dtype=x.dtype, device=x.device)] if gap else [])]
         return torch.cat(parts, dim=1)
 
     def pieces(self, x):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from common.batch import Batch, Optimizers
-from common.replay import IN_NUMPY, MAX_REMADE, Replay
+from common.replay import IN_NUMPY, MAX_REMADE, Replay, simplify
 
 
 def replay(plain, reads=None, state=list, **options):
@@ -188,6 +188,37 @@ def test_a_batch_is_its_modules(shared):
     changed = batch.each(lambda module, x: module(x).sum())(x)
     assert changed[1].item() == pytest.approx(mine[1](x[1]).sum().item(), rel=1e-4)
     assert (batch.pieces(batch.rows)[0][1] == 0.25).all()
+
+
+def test_a_recording_lays_gradients_out_as_their_weights():
+    mine, _ = modules(3)
+    batch = Batch(mine, pytest.fail)
+    loss = batch.each(lambda module, x, scale: scale * module(x).square().mean())
+    run, said = replay(lambda x, scale: (batch.flat(batch.gradients(loss(x, scale))),))
+    x, scale = torch.randn(2, 3, 7, 3), torch.ones(3)
+    run.checked(x[0], scale, trial=True)
+    graph = make_fx(run.plain)(x[0], scale)
+    copies = [sum(node.target == torch.ops.aten.clone.default for node in graph.graph.nodes)]
+    assert simplify(graph)
+    copies += [sum(node.target == torch.ops.aten.clone.default for node in graph.graph.nodes)]
+    assert copies == [2, 0]
+    for scale in torch.tensor([[1.0] * 3, [1e-3] * 3, [1e3] * 3, [1.0, torch.nan, torch.inf]]):
+        assert run.agrees(x[1], scale), scale
+        torch.testing.assert_close(run(x[1], scale)[0], run.plain(x[1], scale)[0], equal_nan=True)
+    assert not run.off and not said and 0 < run.tolerance < 1e-4
+
+
+def test_a_recording_that_rounds_is_told_from_one_that_is_wrong():
+    mine, _ = modules(3)
+    batch, factor = Batch(mine, pytest.fail), 1.0
+    loss = batch.each(lambda module, x: factor * module(x).square().mean())
+    run, said = replay(lambda x: (batch.flat(batch.gradients(loss(x))),))
+    x = torch.randn(3, 7, 3)
+    run.checked(x, trial=True)
+    for factor, right in ((1.0, True), (1 + 1e-4, False), (0.5, False)):
+        assert run.agrees(x) == right, factor
+    run.checked(x, trial=False)  # recorded anew
+    assert run.agrees(x) and not run.off and not said
 
 
 def adam(module):
