@@ -219,8 +219,8 @@ def _same_as(node):
 
 def torch_program(graph, tensors):
     """The graph as TorchScript's interpreter runs it, or Python where that lacks an operation."""
-    # Deprecated, and still the fastest way to run operations as they are. AOTInductor takes half the time for one seed's
-    # gradient, but also a C++ compiler and half a minute for each recording, and its rounding can't be told from a
+    # Deprecated, and still the fastest way to run operations as they are. AOTInductor takes half the time for a
+    # seed's gradient, but a C++ compiler and half a minute for each recording, and its rounding can't be told from a
     # program that is wrong; torch.compile has these faults and gains a tenth; Python costs what recording saves.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
