@@ -160,7 +160,7 @@ def simplify(graph):
     Gradients of several seeds' linear layers are then computed as those of one seed are, in the layout of the weights.
     True if there are such, which round otherwise than the plain code.
     """
-    for rewrite in (_same_as, _turned, _same_as):
+    for rewrite in (_constant, _same_as, _turned, _same_as):
         for node in graph.graph.nodes:
             same = node.op == "call_function" and rewrite(node)
             if same:
@@ -168,6 +168,20 @@ def simplify(graph):
         graph.graph.eliminate_dead_code()
     graph.recompile()
     return any("turned" in node.meta for node in graph.graph.nodes)
+
+
+def _constant(node):
+    """For a number that vmap makes a tensor of, at each call, a tensor that is there, or None."""
+    makes_tensors = (aten._to_copy.default, aten.scalar_tensor.default)
+    if node.target not in makes_tensors or isinstance(node.args[0], torch.fx.Node):
+        return None
+    value, name = node.meta["val"], f"_{node.name}"
+    number = torch.full((), node.args[0], dtype=value.dtype, device=value.device)
+    node.graph.owning_module.register_buffer(name, number)
+    with node.graph.inserting_before(node):
+        same = node.graph.get_attr(name)
+    same.meta["val"] = value
+    return same
 
 
 def _turned(node):
@@ -224,11 +238,24 @@ def torch_program(graph, tensors):
     # program that is wrong; torch.compile has these faults and gains a tenth; Python costs what recording saves.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", UserWarning)  # of annotations that FX writes
         try:
             program = torch.jit.trace(graph, tensors, check_trace=False)
-        except RuntimeError:  # as for the gradient of a LayerNorm
-            program = graph.forward
+        except RuntimeError:  # of arguments that are lists of booleans, as the gradient of a LayerNorm has
+            program = _scripted(graph)
     return torch.no_grad()(program)
+
+
+def _scripted(graph):
+    """The graph as TorchScript that is made of its source, or Python where that can't be."""
+    for node in graph.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            node.target = node.target.overloadpacket  # which TorchScript's language knows by name
+    graph.recompile()
+    try:
+        return torch.jit.script(graph)
+    except Exception:  # of operations that somebody's change brought: whatever TorchScript has against them
+        return graph.forward
 
 
 def small(graph):

@@ -208,6 +208,18 @@ def test_a_recording_lays_gradients_out_as_their_weights():
     assert not run.off and not said and 0 < run.tolerance < 1e-4
 
 
+def test_a_gradient_of_layer_norm_is_recorded_and_reads_weights_where_they_are():
+    module = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 2))
+    run, said = replay(lambda x: torch.autograd.grad(module(x).square().mean(), list(module.parameters())))
+    x = torch.randn(7, 3)
+    run.checked(x, trial=True)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(1.5)
+    assert run.agrees(x) and not run.off and not said
+    assert isinstance(run.program.__wrapped__, torch.jit.ScriptModule)
+
+
 def test_a_recording_that_rounds_is_told_from_one_that_is_wrong():
     mine, _ = modules(3)
     batch, factor = Batch(mine, pytest.fail), 1.0
