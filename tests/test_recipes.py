@@ -362,8 +362,8 @@ def test_crelu_has_both_signs_of_half_as_many_units(module):
 
 def test_projected_weights_have_the_norm_they_began_with(run):
     weights = run("nap_mujoco", "--seeds", "1", "2")[0][2]["agent"]
-    matrices = [x for name, x in weights.items() if name.endswith("weight") and "norm" not in name]
-    assert len(matrices) == 6
+    matrices = [x for name, x in weights.items() if "hidden" in name and name.endswith("weight") and "norm" not in name]
+    assert len(matrices) == 4
     assert torch.allclose(torch.stack([x.norm() for x in matrices]), weights["initial_norms"], rtol=1e-6)
     gains = [x for name, x in weights.items() if name.endswith("norm.weight")]
     assert len(gains) == 4 and all((x != 1).all() for x in gains)
@@ -386,7 +386,7 @@ def test_redo_initialises_dormant_units_anew_and_no_others(share, module):
     states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
     before = {p: [x.clone() for x in (p.detach(), states[p]["exp_avg"], states[p]["exp_avg_sq"])] for p in states}
     obs = torch.randn(64, 6)
-    agent.recycle(obs, 1e-6, optimizers, torch.Generator().manual_seed(0))
+    agent.recycle(obs, 1e-6, optimizers, torch.Generator().manual_seed(2))
     (first, second), following = agent.actor.hidden, [agent.actor.output] + [agent.critic.output] * share
     for p, then in before.items():
         new = torch.zeros(p.shape, dtype=torch.bool)  # what was initialised anew, and what was emptied
@@ -397,6 +397,8 @@ def test_redo_initialises_dormant_units_anew_and_no_others(share, module):
             new[[5, 8]] = True
         if p is second.weight:
             emptied[:, 3] = True
+        if p.ndim == 1:  # biases
+            emptied |= new
         if any(p is layer.weight for layer in following):
             emptied[:, [5, 8]] = True
         now = [p.detach(), states[p]["exp_avg"], states[p]["exp_avg_sq"]]
@@ -405,7 +407,7 @@ def test_redo_initialises_dormant_units_anew_and_no_others(share, module):
         assert not any(x[new | emptied].any() for x in now[1:])
         assert all(torch.equal(x[~(new | emptied)], y[~(new | emptied)]) for x, y in zip(now, then, strict=True))
     after = copy.deepcopy(agent.state_dict())
-    agent.recycle(obs, 1e-6, optimizers, torch.Generator().manual_seed(1))  # the new units are active
+    agent.recycle(obs, 1e-6, optimizers, torch.Generator().manual_seed(1))  # the new units, as drawn, are active
     assert all(torch.equal(x, after[name]) for name, x in agent.state_dict().items())
 
 
@@ -502,6 +504,8 @@ def test_redo_knows_which_weights_leave_a_channel(module):
             emptied[:, 49 * 11 : 49 * 12] = True
         if name == "actor.output.weight":
             emptied[:, 500] = True
+        if name.endswith("bias"):
+            emptied |= new
         assert not x[emptied].any() and (x != before[name])[new & ~emptied].all(), name
         assert torch.equal(x[~(new | emptied)], before[name][~(new | emptied)]), name
         if name in state:
