@@ -109,7 +109,7 @@ def table_of_remedies(seeds, seed, resamples):
     rows, ppo = [], seeds[seeds["intervention"] == PPO]
     for remedy, part in seeds.groupby("intervention"):
         rng = np.random.default_rng(seed)
-        row = {"remedy": remedy, "runs": len(part)}
+        row = {"remedy": remedy, "runs": len(part), "unfinished": int((~part["finished"].astype(bool)).sum())}
         for name, (_, logarithmic) in MEASURES.items():
             values = part[name].dropna().to_numpy(dtype=float)
             numbers = mean_and_interval(values, logarithmic, rng, resamples)
@@ -148,16 +148,19 @@ def markdown(table):
         low, high = row[f"{name}_low"] / scale, row[f"{name}_high"] / scale
         return number(row[name] / scale) + (f" ({number(low)} to {number(high)})" if np.isfinite(low) else "")
 
+    def count(row):
+        return f"{row['runs']}" + (f" ({row['unfinished']} unfinished)" if row["unfinished"] else "")
+
     of_ppo = table[table["remedy"] == PPO].iloc[0]
     head = ["remedy", "runs", "probability of improvement", "p, adjusted", "verdict"]
     head += [label for label, _ in MEASURES.values()]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in table.to_dict("records"):
         if row["remedy"] == PPO:
-            cells = ["**PPO**", str(row["runs"]), "–", "–", "–"]
+            cells = ["**PPO**", count(row), "–", "–", "–"]
         else:
             p = f"{row['p_return_adjusted']:.2g}" if np.isfinite(row["p_return_adjusted"]) else "–"
-            cells = [row["remedy"], str(row["runs"]), with_interval(row, "improvement"), p]
+            cells = [row["remedy"], count(row), with_interval(row, "improvement"), p]
             cells.append(verdict({**row, "of_ppo": of_ppo}))
         for name in MEASURES:
             if name in NEVER:
@@ -199,6 +202,8 @@ class Args:
     """runs.csv of an earlier call, of which the remedies count that --runs has none of"""
     output: Path = Path("benchmark/results/remedies")
     """folder of remedies.md, .csv (a row for each remedy), .png and .pdf, and runs.csv (a row for each run)"""
+    unfinished: bool = False
+    """count runs that are not finished, by the last of what they have: for those that an infinite number ended"""
     resamples: int = 10_000
     """bootstrap samples of each interval"""
     seed: int = 0
@@ -210,9 +215,10 @@ def main(args):
     check_range(args, "seed", low=0, high=2**31 - 1)
     check_folder(args.output)
     runs, left_out, notes = read_runs(args.runs)
-    left_out += [(run.name, "in progress: remedies are compared at the end") for run in runs if not run.finished]
+    if not args.unfinished:
+        left_out += [(run.name, "not finished, see --unfinished") for run in runs if not run.finished]
+        runs = [run for run in runs if run.finished]
     print_left_out(left_out, notes)
-    runs = [run for run in runs if run.finished]
     settings = {(run.source, run.env_id, run.activation, run.schedule, run.epochs) for run in runs}
     if len(settings) > 1:
         fail(

@@ -53,6 +53,7 @@ def seeds_with(returns):
     for remedy, values in returns.items():
         for value in values:
             row = dict.fromkeys(remedies.MEASURES, 1.0) | {"intervention": remedy, "return": value, "max_return": 9.0}
+            row["finished"] = True
             rows.append(row | {"ratio_broken_in": True, "return_halved_in": value < 100})
     return pd.DataFrame(rows)
 
@@ -117,6 +118,24 @@ def test_remedies_of_an_earlier_call_are_kept(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         remedies.main(remedies.Args((str(tmp_path / "spo_mujoco.py"),), tmp_path / "other.csv", tmp_path / "none"))
     assert stop.value.code == 2 and "has epochs 99" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_runs_that_are_not_finished_count_where_they_are_to(unfinished, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    for seed in range(3):
+        for script in ("ppo_mujoco", "spo_mujoco"):
+            curves = curves_of(seed, script == "ppo_mujoco")
+            if script == "spo_mujoco" and seed == 2:
+                last = max(max(points) for points in curves.values())
+                curves = {tag: {k: x for k, x in points.items() if k <= last / 2} for tag, points in curves.items()}
+            write_run(tmp_path / "runs", curves, seed=seed, script=f"{script}.py")
+    remedies.main(remedies.Args((str(tmp_path / "runs"),), output=tmp_path, unfinished=unfinished, resamples=200))
+    table = pd.read_csv(tmp_path / "remedies.csv").set_index("remedy")
+    assert list(table.loc[["spo_mujoco", "none"], "runs"]) == [2 + unfinished, 3]
+    assert list(table.loc[["spo_mujoco", "none"], "unfinished"]) == [int(unfinished), 0]
+    assert ("| 3 (1 unfinished) |" in (tmp_path / "remedies.md").read_text()) == unfinished
+    assert ("not finished, see --unfinished" in capsys.readouterr().out) != unfinished
 
 
 def test_without_ppo_there_is_nothing_to_compare_with(tmp_path, capsys):
