@@ -12,16 +12,16 @@ recipes="$recipes output_pfo bootstrap_truncation"
 setting="--activation ReLU --total-timesteps 2000000"
 results=benchmark/results/remedies
 commands=() names=()
-add() { # the intervention's name in runs.csv, and the command
-    [ "$(grep -c ",20,$1," "$results/runs.csv" 2>/dev/null)" = 5 ] || commands+=("$2")
+add() { # what marks its rows in runs.csv, and the command
+    [ "$(grep -c -F -e "$1" "$results/runs.csv" 2>/dev/null)" = 5 ] || commands+=("$2")
 }
-add none "python ppo_mujoco.py $setting"
-add "PFO last" "python ppo_mujoco.py $setting --pfo-coef 10"
-add "KL penalty" "python ppo_mujoco.py $setting --no-clip-objective --kl-coef 1"
-add "early stopping" "python ppo_mujoco.py $setting --no-clip-objective --target-kl 0.01"
+add ",20,none," "python ppo_mujoco.py $setting"
+add ",20,PFO last," "python ppo_mujoco.py $setting --pfo-coef 10"
+add ",20,KL penalty," "python ppo_mujoco.py $setting --no-clip-objective --kl-coef 1"
+add ",20,early stopping," "python ppo_mujoco.py $setting --no-clip-objective --target-kl 0.01"
 for recipe in $recipes; do
     names+=("${recipe}_mujoco")
-    add "${recipe}_mujoco" "python ${recipe}_mujoco.py $setting"
+    add "__${recipe}_mujoco+" "python ${recipe}_mujoco.py $setting"
 done
 if [ ${#commands[@]} = 0 ]; then
     echo "$results/runs.csv has them all"
