@@ -810,7 +810,7 @@ if __name__ == "__main__":
                     break
         if not differentiate.agrees(mb, kl_coef):
             for s in runs.training:
-                runs[s].stop("a loss reads what changes within an update phase, which needs a tensor or --no-record")
+                runs[s].stop("a loss reads what has changed since it was recorded, which needs a tensor or --no-record")
         logged = numbers_of_each(logged)
         runs.lap("update")
         variances = batch["returns"].var(1).tolist(), (batch["returns"] - batch["values"]).var(1).tolist()
