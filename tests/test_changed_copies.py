@@ -130,7 +130,7 @@ def test_a_changed_copy_learns_as_its_plain_code_does(change, trained, rounding)
 
 
 SEVERAL = ["clip_coef annealed", "ent_coef annealed", "layer norm", "normalised features", "third term"]
-SEVERAL.append("the diff in the README")
+SEVERAL += ["group norm", "global by iteration", "the diff in the README"]
 
 
 @pytest.mark.parametrize("change", SEVERAL)
@@ -138,6 +138,18 @@ def test_seeds_of_a_changed_copy_are_its_single_runs(change, trained, rounding):
     (several, _), (one, _) = trained(change, "--seeds", "1", "2"), trained(change)
     assert several.keys() == {1, 2}
     assert apart(several[1], one[1]) < rounding(change) and apart(several[2], one[1]) > 1e-2
+    assert apart(several[2], trained(change, "--seed", "2")[0][2]) < rounding(change)
+
+
+def test_a_seed_whose_weights_are_not_finite_ends_alone(tmp_path):
+    source = (ROOT / "ppo_mujoco.py").read_text()
+    broken = f"{' ' * 16}if (iteration, k) == (3, 5):\n{' ' * 20}agents[1].critic.output.bias.data.fill_(torch.nan)\n"
+    (tmp_path / "my_ablation.py").write_text(source.replace(STEP, STEP + broken))
+    flags = [*FLAGS, "--seeds", "1", "2"]
+    code, said = forked.run("ppo_mujoco", tmp_path, flags, path=tmp_path / "my_ablation.py")
+    assert code == 1 and said.count("error: ") == 1 and "error: the value_loss is not finite in iteration 3" in said
+    checkpoints = [torch.load(x, weights_only=True) for x in tmp_path.glob("runs/*/checkpoints/latest.pt")]
+    assert {x["args"]["seed"]: x["iteration"] for x in checkpoints} == {1: 4, 2: 2}
 
 
 @pytest.mark.parametrize("change", ["clip_coef annealed", "layer norm"])
