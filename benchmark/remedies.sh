@@ -29,7 +29,7 @@ if [ ${#commands[@]} = 0 ]; then
 fi
 python -m benchmark.recipe "${names[@]}"
 python -m benchmark.run --folder remedies --batch-seeds --seeds 25 7 64 27 4 --env-ids Hopper-v4 --epochs 20 \
-    --commands "${commands[@]}" "$@" || [ $? = 1 ] # a run that an infinite number ends is a result too
+    --commands "${commands[@]}" "$@" || [ $? = 1 ] # a run that a number that is not finite ends is a result too
 
 for argument in "$@"; do
     if [ "$argument" = --dry-run ]; then exit; fi # there are no runs yet, for what comes next
