@@ -203,7 +203,7 @@ class Args:
     output: Path = Path("benchmark/results/remedies")
     """folder of remedies.md, .csv (a row for each remedy), .png and .pdf, and runs.csv (a row for each run)"""
     unfinished: bool = False
-    """count runs that are not finished by the last of what they have, as those that a number that is not finite ended"""
+    """count unfinished runs by the last of what they have, as those that a number that is not finite ended"""
     resamples: int = 10_000
     """bootstrap samples of each interval"""
     seed: int = 0
