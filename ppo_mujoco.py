@@ -39,7 +39,7 @@ from common.arguments import Range, RunArgs, check_run_args, fail, nearest, of_e
 from common.batch import Batch, Optimizers
 from common.evaluation import can_render, play
 from common.feature_rank import deltas, layer_measures, policy_variance
-from common.replay import Differentiate, Replay, compiled
+from common.replay import Differentiate, Reads, Replay, compiled
 from common.run import Run, Runs, check_shapes, find_checkpoints, parse_args, prepare, random_states, restore
 from common.trust_region import feature_drifts, normal_kl, of_normals, ratio_stats
 from common.update_stats import kl_of_last_epoch, numbers_of_each, of_update_phase, phases_of, steps, to_be_finite
@@ -697,16 +697,19 @@ def of_all_seeds(agents, args, device, say):
     def gradients_of_all(mb, kl_coef, everything):
         return gradients(agents, losses_of_all[everything], mb, kl_coef, args)
 
-    of_replay = (vars(args), agents.state, say, device.type != "cpu" or args.compile or not args.record)
+    of_replay = (Reads(args, losses), agents.state, say, device.type != "cpu" or args.compile or not args.record)
     return Replay(act_of_all, "acting", *of_replay, in_numpy=True), Differentiate(agents, gradients_of_all, *of_replay)
 
 
 @torch.no_grad()
 def acted_apart(agents, obs, noise, actions):
-    """Mean distance of each seed's actions in a rollout from those of its policy, in every 16th step."""
+    """Seeds whose actions in a rollout are not those of their policy, by every 16th step, and what that is."""
     some, num_seeds = slice(None, -1, 16), len(agents.modules)
     expected = agents.each(act)(by_seed(obs[some], num_seeds), by_seed(noise[some], num_seeds))
-    return (expected - by_seed(actions[some], num_seeds)).abs().mean((1, 2)).tolist()
+    apart = (expected - by_seed(actions[some], num_seeds)).abs().mean((1, 2)).tolist()
+    for s in (s for s in range(num_seeds) if apart[s] > 1e-4):
+        off = f"{apart[s]:.1g} off those of the policy that learns"
+        yield s, f"the actions are {off}: what changes within a rollout needs --no-record"
 
 
 if __name__ == "__main__":
@@ -769,11 +772,9 @@ if __name__ == "__main__":
             before = [{"actor": x.map(lambda x: x[:B]), "critic": y.map(lambda x: x[:B])} for x, y in outputs]
             loc, scale = loc_and_scale(torch.stack([x["actor"].output for x in before]))
             z = unsquash(by_seed(transitions.actions, S))
-        apart = acted_apart(together, obs, noise, transitions.actions)
-        for s in runs.training:
-            if not acting.off and apart[s] > 1e-4:
-                off = f"{apart[s]:.1g} off those of the policy that learns"
-                runs[s].stop(f"the actions are {off}: what changes within a rollout needs --no-record")
+        for s, why in () if acting.off else acted_apart(together, obs, noise, transitions.actions):
+            if s in runs.training:
+                runs[s].stop(why)
         batch = {
             "obs": by_seed(obs[:-1], S),
             "z": z,

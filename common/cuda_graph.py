@@ -2,8 +2,8 @@
 
 At small batches a GPU waits for Python to launch one kernel after the other. A CUDA graph is a recording of the
 launches, which the device goes through by itself, at fixed addresses. As with `common/replay.py`, a recording can't see
-Python's values: it is made anew when any that it was told of has changed, and its numbers are compared with those of
-the plain code.
+Python's values: it is made anew when any that a script's functions can read by name has changed, and its numbers are
+compared with those of the plain code.
 """
 
 import weakref
@@ -12,6 +12,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from common.arguments import one_line
+from common.replay import Reads
 
 WARM_UP = 3  # calls as plain code before a graph is made: kernels are chosen and moments allocated in them
 MAX_REMADE = 4  # sets of graphs, before values that keep changing make the plain code the faster one
@@ -51,22 +52,23 @@ class Graphed:
     another number in an optimizer's settings, they are of another kind. What ``plain`` returns is written over by the
     next call of the kind.
 
-    name: what it does, for messages. args: the script's, whose values it reads; elsewhere than on a CUDA device, with
+    name: what it does, for messages. args: the script's, which it reads; elsewhere than on a CUDA device, with
     ``--compile`` and with ``--no-cuda-graphs``, ``plain`` runs alone. run: is told what goes wrong. expected(*args):
     some of the dict of tensors that ``plain`` returns, by plain code that changes nothing; compared once in EVERY.
     """
 
     def __init__(self, plain, name, args, device, run, expected=None, backend=Cuda):
-        self.plain, self.name, self.reads, self.run, self.expected = plain, name, vars(args), run, expected
+        self.plain, self.name, self.run, self.expected = plain, name, run, expected
         self.off = device.type != "cuda" or args.compile or not args.cuda_graphs
         self.backend = None if self.off else backend()
         self.graphs, self.calls, self.since, self.remade = {}, {}, 0, 0
-        self.made_with = dict(self.reads)
+        self.reads = dict if self.off else Reads(args, plain)
+        self.made_with = self.reads()
 
     def __call__(self, *args):
         """What ``plain`` gives, by a graph where there is one."""
-        if not self.off and self.reads != self.made_with:
-            self._forget()
+        if not self.off and (reads := self.reads()) != self.made_with:
+            self._forget(reads)
         if self.off:
             return self.plain(*args)
         leaves, spec = tree_flatten(args)
@@ -106,9 +108,9 @@ class Graphed:
         self.graphs[kind] = replay, inputs, list(map(_state, given)), result
         return True
 
-    def _forget(self):
-        changed = [name for name, value in self.reads.items() if value != self.made_with.get(name)]
-        self.made_with, self.graphs = dict(self.reads), {}
+    def _forget(self, reads):
+        changed = [name for name, value in reads.items() if value != self.made_with.get(name)]
+        self.made_with, self.graphs = reads, {}
         self.remade += 1
         if self.remade > MAX_REMADE:
             self._give_up(f"{' and '.join(changed)} keeps changing, and is no tensor")

@@ -2,12 +2,18 @@
 
 Where networks are small, most of an operation's time goes into Python and autograd's bookkeeping. A recording has the
 operations one after the other, those of a backward pass too, and reads weights where they are. What it can't see are
-Python's values: they are as they were when it was made. So it is made anew when any of the values that it was told of
-has changed, it is compared with the plain code, and it gives way to it where they differ by more than rounding does.
+Python's values: they are as they were when it was made. So it is made anew when any of the values that a script's
+functions can read by name has changed, it is compared with the plain code, and it gives way to it where they differ by
+more than rounding does.
 """
 
+import builtins
+import dis
+import inspect
 import operator
+import types
 import warnings
+from numbers import Number
 
 import numpy as np
 import torch
@@ -20,13 +26,42 @@ aten = torch.ops.aten
 MAX_REMADE = 4  # recordings, before values that keep changing make the plain code the faster one
 
 
+class Reads:
+    """Python values that the functions of a script can read by name: called, it gives a dict of them as they now are.
+
+    These are the fields of ``args``, and the numbers and strings among the globals that the code of any function or
+    class of ``function``'s module names. A global of another kind is None: what is in it isn't looked at.
+    """
+
+    def __init__(self, args, function):
+        self.args, self.script = vars(args), inspect.unwrap(function).__globals__
+        here = [x for x in self.script.values() if getattr(x, "__module__", None) == function.__module__]
+        self.names = {name for x in (*here, function) for name in _globals_of(x) if not hasattr(builtins, name)}
+
+    def __call__(self):
+        found = ((name, self.script.get(name)) for name in self.names)
+        return self.args | {f"global {name}": x if isinstance(x, Number | str) else None for name, x in found}
+
+
+def _globals_of(x):
+    """The names of globals in the code of a function, of a class's methods, or of a code object."""
+    if isinstance(x, type):
+        return {name for method in vars(x).values() for name in _globals_of(method)}
+    x = inspect.unwrap(getattr(x, "fget", x))  # of a property
+    code = getattr(x, "__code__", x)
+    if not isinstance(code, types.CodeType):
+        return set()
+    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    return names.union(*(_globals_of(inner) for inner in code.co_consts))
+
+
 class Replay:
     """``plain(*tensors)``, which returns a tuple of tensors, by a recording of its operations.
 
-    name: what it does, for messages. reads: the dict of Python values that it reads, as ``vars(args)``. state: gives
-    the tensors that it may change. say: prints a line. off: whether ``plain`` is to run alone. in_numpy: whether NumPy
-    may run it, which has a fraction of PyTorch's overhead and rounds differently, where it has all of the operations
-    and none is large. Gradients of several seeds round differently too, those of one seed don't.
+    name: what it does, for messages. reads: gives a dict of the Python values that it reads, as Reads does. state:
+    gives the tensors that it may change. say: prints a line. off: whether ``plain`` is to run alone. in_numpy: whether
+    NumPy may run it, which has a fraction of PyTorch's overhead and rounds differently, where it has all of the
+    operations and none is large. Gradients of several seeds round differently too, those of one seed don't.
     """
 
     def __init__(self, plain, name, reads, state, say, off, in_numpy=False):
@@ -38,7 +73,7 @@ class Replay:
 
     def __call__(self, *tensors):
         """What ``plain`` gives, by the recording where there is one."""
-        if not self.off and (self.program is None or self.reads != self.made_with):
+        if not self.off and self._stale():
             self._make(tensors)
         return self.plain(*tensors) if self.off else self.program(*tensors)
 
@@ -49,7 +84,7 @@ class Replay:
         """
         if self.off:
             return self.plain(*tensors)
-        fresh = self.program is None or self.reads != self.made_with
+        fresh = self._stale()
         before = self._effects()
         expected = self.plain(*tensors)
         if self._effects() != before:
@@ -67,6 +102,9 @@ class Replay:
         """Whether the recording, if it is in use, still gives what ``plain`` gives."""
         return self.off or self._same(self(*tensors), self.plain(*tensors))
 
+    def _stale(self):
+        return self.program is None or self.reads() != self.made_with
+
     def _same(self, result, expected):
         if self.off:
             return True
@@ -82,11 +120,12 @@ class Replay:
     @torch.no_grad()
     def _make(self, tensors):
         self.remade += self.program is not None
+        reads = self.reads()
         if self.remade > MAX_REMADE:
-            changed = [name for name, value in self.reads.items() if value != self.made_with.get(name)]
+            changed = [name for name, value in reads.items() if value != self.made_with.get(name)]
             why = f"{' and '.join(changed) or 'a value that it reads'} keeps changing, and is no tensor"
             return self._give_up(why)
-        self.made_with = dict(self.reads)
+        self.made_with = dict(reads)
         try:
             with torch.enable_grad():
                 graph = make_fx(self.plain)(*tensors)
@@ -116,6 +155,7 @@ class Differentiate:
 
     def __init__(self, agents, gradients, *of_replay):
         self.agents, self.gradients, self.of_replay, self.names, self.replays = agents, gradients, of_replay, {}, {}
+        self.last = []  # the last tensors of the last phase
 
     def __call__(self, mb, kl_coef, everything, plain, checked, trial):
         """The gradients and what is logged; ``plain`` is without a recording, ``checked`` and ``trial`` are for one."""
@@ -128,10 +168,13 @@ class Differentiate:
             self.replays[everything] = Replay(self._flat(everything, list(mb)), "a gradient", *self.of_replay)
         replay = self.replays[everything]
         replay.off |= any(other.off for other in self.replays.values())
+        tensors = kl_coef, *mb.values()
+        if checked and [x.shape for x in tensors] == [x.shape for x in self.last]:
+            replay.checked(*self.last, trial=False)  # with clipped ratios, of which a phase has none at its beginning
         if checked or trial:
-            grad, logged = replay.checked(kl_coef, *mb.values(), trial=trial)
+            grad, logged = replay.checked(*tensors, trial=trial)
         else:
-            grad, logged = replay(kl_coef, *mb.values())
+            grad, logged = replay(*tensors)
         return grad, dict(zip(self.names[everything], logged.unbind(), strict=True))
 
     def _flat(self, everything, columns):
@@ -143,11 +186,11 @@ class Differentiate:
         return flat
 
     def agrees(self, mb, kl_coef):
-        """Whether the recordings still give what the plain code gives."""
+        """Whether the recordings still give what the plain code gives, at the end of an update phase."""
         self.agents.adopt()
-        return any(replay.off for replay in self.replays.values()) or all(
-            replay.agrees(kl_coef, *mb.values()) for replay in self.replays.values()
-        )
+        self.last = kl_coef, *mb.values()
+        replays = self.replays.values()
+        return any(replay.off for replay in replays) or all(replay.agrees(*self.last) for replay in replays)
 
 
 def compiled(function, device):

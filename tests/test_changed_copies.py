@@ -16,6 +16,7 @@ HIDDEN = "        self.activation = getattr(nn, args.activation)()\n"
 LAYER, FEATURES = "preactivations.append(layer(x))", "x = self.activation(preactivations[-1])"
 LOSS, SUM = "def losses(agent,", "    return a_loss + c_loss, {name"
 MINIBATCH, STEP = "            at_an_end = k in", "                take_step(grad, learning)\n"
+CLIP = "ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)"
 ADAM = "tuple(torch.optim.Adam(part.parameters(), **adam)"
 
 
@@ -41,6 +42,16 @@ CHANGES = {
         (LOSS, f"COEF = 0.0\n\n\n{LOSS}"),
         (SUM, SUM.replace(",", " + COEF * policy.output.square().mean(),")),
         (LOOP, f"{LOOP}        COEF = {LEFT}\n"),
+    ],
+    "clipping by a global": [  # of which the first minibatch of a phase, without clipped ratios, shows nothing
+        (LOSS, f"CLIP = 0.0\n\n\n{LOSS}"),
+        (CLIP, CLIP.replace("args.clip_coef", "CLIP")),
+        (LOOP, f"{LOOP}        CLIP = 0.1 * ({LEFT})\n"),
+    ],
+    "clipping by an object": [
+        (LOSS, f"CLIP = [0.0]\n\n\n{LOSS}"),
+        (CLIP, CLIP.replace("args.clip_coef", "CLIP[0]")),
+        (LOOP, f"{LOOP}        CLIP[0] = 0.1 * ({LEFT})\n"),
     ],
     "global by minibatch": [
         (LOSS, f"COEF = 0.0\n\n\n{LOSS}"),
@@ -72,7 +83,7 @@ CHANGES["the diff in the README"] = [
 ]
 PLAIN = {  # where the plain code takes over, and what the run says
     "batch norm": "it draws random numbers or changes buffers of its own",
-    "global by minibatch": "a recording gives other numbers, since it reads what changes from call to call",
+    "global by minibatch": "global COEF keeps changing, and is no tensor",
     "branch on data": "it can't be recorded",
 }
 
@@ -130,7 +141,7 @@ def test_a_changed_copy_learns_as_its_plain_code_does(change, trained, rounding)
 
 
 SEVERAL = ["clip_coef annealed", "ent_coef annealed", "layer norm", "normalised features", "third term"]
-SEVERAL += ["group norm", "global by iteration", "the diff in the README"]
+SEVERAL += ["group norm", "global by iteration", "clipping by a global", "the diff in the README"]
 
 
 @pytest.mark.parametrize("change", SEVERAL)
@@ -176,10 +187,11 @@ def test_weights_given_other_data_are_those_of_the_batch(trained, rounding):
 
 
 @pytest.mark.slow
-def test_annealed_arguments_take_effect_in_compiled_losses(tmp_path):
+@pytest.mark.parametrize("name", ["ppo_atari", "ppo_atari_2models", "ppo_pfo_atari"])
+def test_annealed_arguments_take_effect_in_compiled_losses(name, tmp_path):
     """Three iterations of an Atari script: neither of the two coefficients stays what it was at the first compilation,
     which is what the flags say."""
-    script = importlib.import_module("ppo_atari")
+    script = importlib.import_module(name)
     try:
         script.check_args(script.Args(compile=True))
     except SystemExit:
@@ -188,9 +200,9 @@ def test_annealed_arguments_take_effect_in_compiled_losses(tmp_path):
     first = "--clip-coef 0.01 --ent-coef 0.1"
     annealed = ["clip_coef annealed", "ent_coef annealed"]
 
-    def final(name, changes, *flags):
-        (tmp_path / name).mkdir()
-        agents, _ = run_copy(tmp_path / name, "ppo_atari", changes, *size.split(), *first.split(), *flags)
+    def final(folder, changes, *flags):
+        (tmp_path / folder).mkdir()
+        agents, _ = run_copy(tmp_path / folder, name, changes, *size.split(), *first.split(), *flags)
         return agents[1]
 
     compiled = final("compiled", annealed, "--compile")

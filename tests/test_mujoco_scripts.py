@@ -32,7 +32,7 @@ from test_scripts import (
 
 from common.batch import Batch, Optimizers
 from common.evaluation import play
-from common.replay import Replay
+from common.replay import Reads, Replay
 
 script = importlib.import_module("ppo_mujoco")
 SEVERAL = ["--seeds", "1", "2"]
@@ -204,8 +204,17 @@ def test_recorded_gradients_and_actions_are_the_eager_ones(variant, everything, 
 
     together, eager, optimizers, _ = learner(agent)
     others, gradients, theirs, step = learner(other)
-    differentiate = script.Differentiate(others, gradients, vars(args), others.state, pytest.fail, False)
-    acting = Replay(lambda *x: (others.each(script.act)(*x),), "acting", vars(args), others.state, pytest.fail, False)
+    differentiate = script.Differentiate(
+        others, gradients, Reads(args, script.losses), others.state, pytest.fail, False
+    )
+    acting = Replay(
+        lambda *x: (others.each(script.act)(*x),),
+        "acting",
+        Reads(args, script.losses),
+        others.state,
+        pytest.fail,
+        False,
+    )
     for k in range(3):
         mb, kl_coef = {name: x.unsqueeze(0) for name, x in minibatch().items()}, torch.tensor([0.5 * k])
         for optimizer in (*optimizers, *theirs):
@@ -253,7 +262,7 @@ def test_numpy_acts_as_the_policy_does(activation, hidden, seeds, num_envs, acti
 
     batch = Batch(agents)  # the agents' weights are now views of the batch's
     recorded = Replay(
-        torch.no_grad()(lambda *x: (batch.each(script.act)(*x),)), "acting", {}, batch.state, pytest.fail, False, True
+        torch.no_grad()(lambda *x: (batch.each(script.act)(*x),)), "acting", dict, batch.state, pytest.fail, False, True
     )
     rows = obs.view(seeds, num_envs, 7), noise.view(seeds, num_envs, action_dim)
     with np.errstate(all="ignore"):

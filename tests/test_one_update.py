@@ -224,7 +224,7 @@ def test_update_phase_on_mujoco_against_a_plain_computation(shared, monkeypatch,
     differentiate = script.Differentiate(
         together,
         lambda mb, kl_coef, everything: script.gradients(together, of_one, mb, kl_coef, args),
-        *(vars(args), together.state, pytest.fail, False),
+        *(lambda: vars(args), together.state, pytest.fail, False),
     )
     logged = []
     for mb_inds in order:

@@ -1,6 +1,7 @@
 """Recordings give what the plain code gives, or give way to it; a batch of modules is the modules one by one."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +13,12 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from common.batch import Batch, Optimizers
-from common.replay import IN_NUMPY, MAX_REMADE, Replay, _within, simplify
+from common.replay import IN_NUMPY, MAX_REMADE, Reads, Replay, _within, simplify
 
 
 def replay(plain, reads=None, state=list, **options):
     said = []
-    return Replay(plain, "it", {} if reads is None else reads, state, said.append, False, **options), said
+    return Replay(plain, "it", lambda: {} if reads is None else reads, state, said.append, False, **options), said
 
 
 def test_a_value_that_was_named_is_read_anew():
@@ -31,6 +32,34 @@ def test_a_value_that_was_named_is_read_anew():
         reads["a"] = 10.0 + k
         assert run(torch.ones(3))[0].tolist() == [10.0 + k] * 3
     assert run.off and said == ["it runs as plain code, which is slower: a keeps changing, and is no tensor"]
+
+
+SCALE, SHIFT, POWER, KIND, TABLE, UNSEEN = 2.0, np.float32(1), 3, "tanh", {"a": 1.0}, 5.0
+
+
+class Reader(nn.Module):
+    @property
+    def power(self):
+        return POWER
+
+    def forward(self, x):
+        return sum(f(x) for f in (lambda x: SHIFT * x, getattr(torch, KIND)))
+
+
+@torch.no_grad()
+def reader(x):
+    return SCALE * x, TABLE["a"], NOT_YET  # noqa: F821
+
+
+def test_what_functions_and_classes_of_a_script_can_read_by_name(monkeypatch):
+    reads = Reads(SimpleNamespace(clip_coef=0.1), reader)
+    found = {"SCALE": 2.0, "SHIFT": 1.0, "POWER": 3, "KIND": "tanh", "TABLE": None, "NOT_YET": None}
+    expected = {"clip_coef": 0.1} | {f"global {name}": value for name, value in found.items()}
+    assert reads().items() >= expected.items() and "global UNSEEN" not in reads() and "global getattr" not in reads()
+    for name in ("SCALE", "SHIFT", "POWER", "KIND", "NOT_YET"):
+        before = reads()
+        monkeypatch.setitem(globals(), name, 7.0)
+        assert reads() == before | {f"global {name}": 7.0} != before
 
 
 def test_a_value_that_nobody_named_is_noticed():
