@@ -20,6 +20,9 @@ DIFFERENT = {
 DIFFERENT[frozenset({"ppo_atari", "ppo_pfo_atari"})] = set.union(*DIFFERENT.values())
 # What the two domains have in common to the letter, beside their flags.
 EVERYWHERE = {"init_layer", "gae", "pfo_input", "feature_distance", "learning_rate", "adapted_kl_coef"}
+# How many lines they have in common in their other functions, in runs of at least four.
+IN_PART = {"critic_loss": 6, "actor_loss": 5, "diagnose": 11}
+IN_PART = {"ppo_atari": IN_PART, "ppo_atari_2models": IN_PART, "ppo_pfo_atari": IN_PART | {"critic_loss": 10}}
 # Flags whose text or default differs between the domains, and those that one of them alone has.
 OF_A_DOMAIN = {
     *("env_id", "total_timesteps", "learning_rate", "num_envs", "num_steps", "minibatch_size"),
@@ -105,6 +108,17 @@ def test_the_domains_differ_in_their_environments_and_policies_alone():
     atari, mujoco = fields("ppo_pfo_atari"), fields("ppo_mujoco")
     assert {name for name in atari.keys() & mujoco.keys() if atari[name] != mujoco[name]} == OF_A_DOMAIN
     assert atari.keys() - mujoco.keys() == OF_ATARI and mujoco.keys() - atari.keys() == OF_MUJOCO
+
+
+@pytest.mark.parametrize("name", ATARI)
+def test_what_the_domains_share_within_blocks_stays_the_same(name):
+    atari, mujoco = blocks(name), blocks("ppo_mujoco")
+    shared = {}
+    for title in atari.keys() & mujoco.keys() - {"Args", "Agent", "main"}:
+        one, other = atari[title].splitlines(), mujoco[title].splitlines()
+        runs = difflib.SequenceMatcher(None, one, other, autojunk=False).get_matching_blocks()
+        shared[title] = 0 if one == other else sum(run.size for run in runs if run.size >= 4)
+    assert {title: lines for title, lines in shared.items() if lines} == IN_PART[name]
 
 
 @pytest.mark.parametrize("pair", WORDS, ids=lambda pair: " ".join(sorted(pair)))
