@@ -14,6 +14,7 @@ import operator
 import types
 import warnings
 from numbers import Number
+from types import NoneType
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from common.arguments import one_line
 
 aten = torch.ops.aten
+READABLE = (Number, str)
 MAX_REMADE = 4  # recordings, before values that keep changing make the plain code the faster one
 
 
@@ -30,17 +32,22 @@ class Reads:
     """Python values that the functions of a script can read by name: called, it gives a dict of them as they now are.
 
     These are the fields of ``args``, and the numbers and strings among the globals that the code of any function or
-    class of ``function``'s module names. A global of another kind is None: what is in it isn't looked at.
+    class of ``function``'s module names. Of another global, what is in it isn't looked at.
     """
 
     def __init__(self, args, function):
         self.args, self.script = vars(args), inspect.unwrap(function).__globals__
         here = [x for x in self.script.values() if getattr(x, "__module__", None) == function.__module__]
-        self.names = {name for x in (*here, function) for name in _globals_of(x) if not hasattr(builtins, name)}
+        names = {name for x in (*here, function) for name in _globals_of(x) if not hasattr(builtins, name)}
+        found = {name: self.script.get(name) for name in names}  # None where the main block will make one
+        self.names = {f"global {name}": name for name, x in found.items() if isinstance(x, (*READABLE, NoneType))}
 
     def __call__(self):
-        found = ((name, self.script.get(name)) for name in self.names)
-        return self.args | {f"global {name}": x if isinstance(x, Number | str) else None for name, x in found}
+        found = self.args.copy()
+        for key, name in self.names.items():
+            value = self.script.get(name)
+            found[key] = value if isinstance(value, READABLE) else None
+        return found
 
 
 def _globals_of(x):
