@@ -218,7 +218,7 @@ class Agent(nn.Module):
     def scale(self, obs):
         # Images are stored with their channels last, and so seen by the convolutions, which are faster so.
         x = obs.permute(0, 3, 1, 2)  # (N, 84, 84, 4) uint8 to (N, 4, 84, 84)
-        return (x.bfloat16() if torch.is_autocast_enabled(x.device.type) else x) / 255
+        return x.bfloat16().div_(255) if torch.is_autocast_enabled(x.device.type) else x / 255
 
     def policy(self, obs, all_layers=False):
         return self.actor(self.scale(obs), all_layers)

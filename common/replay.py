@@ -13,7 +13,6 @@ import inspect
 import operator
 import types
 import warnings
-from numbers import Number
 from types import NoneType
 
 import numpy as np
@@ -24,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from common.arguments import one_line
 
 aten = torch.ops.aten
-READABLE = (Number, str)
+READABLE = (int, float, str, np.number, np.bool_)
 MAX_REMADE = 4  # recordings, before values that keep changing make the plain code the faster one
 
 
