@@ -20,6 +20,7 @@ for argument in "$@"; do
 done
 
 python -m benchmark.run --folder atari_study --commands "python plasticity_probe.py" --runs atari_study/runs/* "$@"
+python -m benchmark.film atari_study/runs/*__ppo_atari_2models+*__25__* # before, at and after the collapse, in videos/
 results=benchmark/results/atari
 mkdir -p "$results"
 python -m benchmark.logs --runs atari_study/runs --output "$results"
