@@ -698,14 +698,16 @@ def of_all_seeds(agents, args, device, say):
         return gradients(agents, losses_of_all[everything], mb, kl_coef, args)
 
     of_replay = (Reads(args, losses), agents.state, say, device.type != "cpu" or args.compile or not args.record)
-    return Replay(act_of_all, "acting", *of_replay, in_numpy=True), Differentiate(agents, gradients_of_all, *of_replay)
+    acting = Replay(act_of_all, "acting", *of_replay, in_numpy=True, check=agents.check)
+    return acting, Differentiate(agents, gradients_of_all, *of_replay)
 
 
 @torch.no_grad()
 def acted_apart(agents, obs, noise, actions):
     """Seeds whose actions in a rollout are not those of their policy, by every 16th step, and what that is."""
     some, num_seeds = slice(None, -1, 16), len(agents.modules)
-    expected = agents.each(act)(by_seed(obs[some], num_seeds), by_seed(noise[some], num_seeds))
+    of_each = zip(agents.modules, by_seed(obs[some], num_seeds), by_seed(noise[some], num_seeds), strict=True)
+    expected = torch.stack([act(*of_one) for of_one in of_each])
     apart = (expected - by_seed(actions[some], num_seeds)).abs().mean((1, 2)).tolist()
     for s in (s for s in range(num_seeds) if apart[s] > 1e-4):
         off = f"{apart[s]:.1g} off those of the policy that learns"
@@ -750,8 +752,7 @@ if __name__ == "__main__":
         together.adopt()
         obs[0] = obs[-1]
         noise = torch.cat([torch.randn((T, N, action_dim), generator=x, device=device) for x in generators], dim=1)
-        acting.checked(obs[0], noise[0], trial=False)
-        policy = partial(acting.checked, trial=True) if trial else acting
+        policy = acting.begin(obs[0], noise[0], trial=trial)
         transitions, ended = rollout(envs, policy, normalizer, obs, noise, running)
         for s, why in not_finite(transitions, obs, N):
             if s in runs.training:
@@ -801,7 +802,8 @@ if __name__ == "__main__":
             at_an_end = k in (0, num_updates - 1)
             everything = at_an_end or bool(args.kl_coef or args.target_kl)
             with steps(phases, k, mb["advantages"], learning):
-                grad, stats = differentiate(mb, kl_coef, everything, plain=at_an_end, checked=k == 1, trial=trial)
+                checked = k in (1, iteration % num_updates)
+                grad, stats = differentiate(mb, kl_coef, everything, plain=at_an_end, checked=checked, trial=trial)
                 take_step(grad, learning)
             for s in learning:
                 logged[s].append(stats)

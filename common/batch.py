@@ -4,7 +4,7 @@ import operator
 
 import torch
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from common.arguments import one_line
 
@@ -14,8 +14,9 @@ ALIGNED = 16  # floats: where a tensor of its own would begin, since products ro
 class Batch:
     """``modules`` of one architecture, S of them, whose parameters become views of ``rows``, (S, width).
 
-    Whoever changes a parameter of a module, in place or by giving it other data, changes its row. Between parameters
-    there may be zeros. ``say`` prints a line where the modules have to be called one after the other.
+    Whoever changes a parameter of a module, in place or by giving it other data, changes its row; buffers likewise.
+    Between parameters there may be zeros. A batch knows tensors alone, so that `check` compares it with the modules,
+    each by itself; ``say`` prints a line where they have to be called one after the other.
     """
 
     def __init__(self, modules, say=print):
@@ -28,6 +29,7 @@ class Batch:
         self.views = [[x[s] for x in stacked] for s in range(len(modules))]
         self.of_all = [p for own in self.parameters for p in own]
         self.addresses = [view.data_ptr() for own in self.views for view in own]
+        self.places = []  # of each buffer of each module: the dict that holds it, its name there, and itself
         self.adopt()
         self.leaves = [x.detach().requires_grad_() for x in stacked]
         by_id = {id(p): x for p, x in zip(self.parameters[0], self.leaves, strict=True)}
@@ -39,11 +41,17 @@ class Batch:
         }
         names = [name for name, _ in modules[0].named_buffers()]
         self.buffers = {name: torch.stack([module.get_buffer(name) for module in modules]) for name in names}
-        for name, x in self.buffers.items():
+        for path, x in self.buffers.items():
+            owner, _, name = path.rpartition(".")
             for s, module in enumerate(modules):
-                module.get_buffer(name).data = x[s]
+                held = module.get_submodule(owner)._buffers
+                held[name].data = x[s]
+                self.places.append((held, name, held[name]))
         self.batched = len(modules) > 1
-        self.gradient = None  # like rows: that of the last step of its Optimizers
+        self.gradient = torch.zeros_like(self.rows)  # those of the last step, each parameter's ``grad``
+        for i, x in enumerate(self.pieces(self.gradient)):
+            for s, own in enumerate(self.parameters):
+                own[i].grad = x[s]
 
     def flat(self, tensors):
         """Tensors (S, …), one for each parameter, as one like ``rows``."""
@@ -56,6 +64,10 @@ class Batch:
         """The views (S, …) of a tensor like ``rows`` that belong to each parameter."""
         parts = x.split([n for size, gap in zip(self.sizes, self.gaps, strict=True) for n in (size, gap)], dim=1)[::2]
         return [part.unflatten(1, p.shape) for part, p in zip(parts, self.parameters[0], strict=True)]
+
+    def hold(self, grad):
+        """The gradients ``grad``, like rows, as what the parameters have for ``grad``."""
+        return self.gradient if grad is self.gradient else self.gradient.copy_(grad)
 
     def last_gradients(self, s):
         """Those of module s at the last step of its Optimizers, in the order of its parameters."""
@@ -78,7 +90,11 @@ class Batch:
         return [*self.buffers.values(), *(x for module in self.modules for x in module.buffers())]
 
     def adopt(self):
-        """Take over the values of parameters that were given other data than their rows."""
+        """Take over the values of parameters and buffers that were given other data than their rows."""
+        for held, name, own in self.places:
+            if held[name] is not own:
+                own.copy_(held[name])
+                held[name] = own
         if list(map(torch.Tensor.data_ptr, self.of_all)) == self.addresses:  # a tenth of the time that the loop takes
             return
         for parameters, views in zip(self.parameters, self.views, strict=True):
@@ -101,20 +117,65 @@ class Batch:
                 try:
                     return torch.vmap(of_one, randomness="different")(self.stacked, self.buffers, *args)
                 except Exception as error:  # of code that somebody changed: whatever vmap has against it
-                    self.batched = False
-                    why = one_line(f"{type(error).__name__}: {error}")[:200]
-                    self.say(f"the seeds are computed one after the other, which is slower ({why})")
+                    self._part(f"{type(error).__name__}: {error}")
             of_each = [function(m, *tree_map(lambda x, s=s: x[s], args)) for s, m in enumerate(self.modules)]
             return tree_map(_stack, *of_each)
 
         return call
 
+    def _part(self, why):
+        self.batched = False
+        self.say(f"the seeds are computed one after the other, which is slower ({one_line(why)[:200]})")
+
+    @torch.no_grad()
+    def check(self, function, *args):
+        """Whether ``function(*args)``, of what `each` gives, is of the batch what it is of each module by itself.
+
+        Where it isn't, as with what a module holds beside parameters and buffers, the batch is not used any more. How
+        far rounding may part them is seen by arguments that are a millionth off.
+        """
+        if not self.batched:
+            return True
+        state, buffers = torch.get_rng_state(), [x.clone() for x in self.buffers.values()]
+        results = []
+        for batched in (True, False):
+            was, self.batched = self.batched, batched
+            with torch.enable_grad():
+                results.append([x.clone() for x in tree_leaves(function(*args))])  # a CUDA graph writes over them
+            same = torch.equal(state, torch.get_rng_state())
+            torch.set_rng_state(state)
+            for x, before in zip(self.buffers.values(), buffers, strict=True):
+                x.copy_(before)
+            if not was:  # vmap had something against it
+                return False
+        self.batched = True
+        if not same:
+            self._part("random numbers are drawn, which a batch draws otherwise")
+        elif not all(map(_alike, *results)):
+            self.batched = False
+            with torch.enable_grad():
+                moved = tree_leaves(function(*tree_map(_moved, args)))
+            if all(map(_alike, *results, moved)):
+                self.batched = True
+            else:
+                self._part("as a batch they give other numbers")
+            for x, before in zip(self.buffers.values(), buffers, strict=True):
+                x.copy_(before)
+        return self.batched
+
     def gradients(self, loss):
-        """Those of a loss (S,) of each module by its own parameters, in their order, (S, …) each."""
-        leaves = self.leaves if self.batched else self.of_all
-        grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True, materialize_grads=True)
+        """Those of a loss (S,) of each module by its own parameters, in their order, (S, …) each; 0 of frozen ones."""
+        free = [p.requires_grad for p in self.of_all]
         if self.batched:
-            return list(grads)
+            grads = torch.autograd.grad(loss.sum(), self.leaves, allow_unused=True, materialize_grads=True)
+            if all(free):
+                return list(grads)
+            grads = [x[s] for s in range(len(self.modules)) for x in grads]
+        else:
+            leaves = [p for p in self.of_all if p.requires_grad]
+            found = iter(torch.autograd.grad(loss.sum(), leaves, allow_unused=True, materialize_grads=True))
+            grads = [next(found) if own else p for p, own in zip(self.of_all, free, strict=True)]
+        grads = [x if own else torch.zeros_like(x) for x, own in zip(grads, free, strict=True)]
         of_each = [grads[i : i + len(self.sizes)] for i in range(0, len(grads), len(self.sizes))]
         return list(map(_stack, *of_each))
 
@@ -126,6 +187,23 @@ class _Bound(torch.nn.Module):
 
     def forward(self, *args):
         return self.function(self.module, *args)
+
+
+def _moved(x):
+    """An argument with its numbers a millionth off, by draws of a generator of its own."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        return x
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    return x * (1 + 1e-6 * noise)
+
+
+def _alike(x, y, moved=None):
+    """Whether tensors (S, …) are by row the same, but for rounding or three times what ``moved`` is off."""
+    x, y, moved = (z.detach().reshape(len(z), -1) for z in (x, y, y if moved is None else moved))
+    finite = x.isfinite() & y.isfinite()
+    size, off = (torch.where(finite, z.abs(), 0).amax(1, keepdim=True) for z in (y, moved - y))
+    near = (x - y).abs() <= 1e-3 * size + 3 * off.nan_to_num(torch.inf) + 1e-6
+    return bool(torch.where(finite, near, x.isfinite() == y.isfinite()).all())
 
 
 def _stack(first, *others):
@@ -157,8 +235,8 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, grad, learning):
-        """grad: like the batch's rows; learning: the modules that take the step, as indices."""
-        self.batch.gradient = grad
+        """grad: like the batch's rows, and then each parameter's ``grad``; learning: the modules that take the step."""
+        grad = self.batch.hold(grad)
         settings = self._settings()
         if settings is None or not all(self._adopt(s) for s in learning):
             pieces = self.batch.pieces(grad)
@@ -167,7 +245,7 @@ class Optimizers:
                     if p in optimizer.state and optimizer.state[p].get("step") is self.counts[s]:
                         optimizer.state[p]["step"] = self.counts[s].clone()  # step() counts for each parameter
                 for p, x in zip(self.batch.parameters[s], pieces, strict=True):
-                    p.grad = x[s]
+                    p.grad = x[s] if p.requires_grad else None
                 for optimizer in self.optimizers[s]:
                     optimizer.step()
             return
@@ -184,8 +262,12 @@ class Optimizers:
     def _settings(self):
         """What all optimizers have set, or None if one call can't serve them."""
         found = None
+        if not all(p.requires_grad for p in self.batch.of_all):  # which weight decay would move
+            return None
         for optimizer in (optimizer for own in self.optimizers for optimizer in own):
             if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or len(optimizer.param_groups) != 1:
+                return None
+            if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
                 return None
             (group,) = optimizer.param_groups
             settings = _SETTINGS(group)

@@ -8,11 +8,13 @@ more than rounding does.
 """
 
 import builtins
+import contextlib
 import dis
 import inspect
 import operator
 import types
 import warnings
+from functools import partial
 from types import NoneType
 
 import numpy as np
@@ -31,7 +33,7 @@ class Reads:
     """Python values that the functions of a script can read by name: called, it gives a dict of them as they now are.
 
     These are the fields of ``args``, and the numbers and strings among the globals that the code of any function or
-    class of ``function``'s module names. Of another global, what is in it isn't looked at.
+    class of ``function``'s module names, or in a list or dict among these. What other globals hold isn't read.
     """
 
     def __init__(self, args, function):
@@ -39,14 +41,21 @@ class Reads:
         here = [x for x in self.script.values() if getattr(x, "__module__", None) == function.__module__]
         names = {name for x in (*here, function) for name in _globals_of(x) if not hasattr(builtins, name)}
         found = {name: self.script.get(name) for name in names}  # None where the main block will make one
-        self.names = {f"global {name}": name for name, x in found.items() if isinstance(x, (*READABLE, NoneType))}
+        readable = (*READABLE, NoneType, list, dict)
+        self.names = {f"global {name}": name for name, x in found.items() if isinstance(x, readable)}
 
     def __call__(self):
         found = self.args.copy()
         for key, name in self.names.items():
             value = self.script.get(name)
-            found[key] = value if isinstance(value, READABLE) else None
+            found[key] = value if isinstance(value, READABLE) else _numbers_in(value)
         return found
+
+
+def _numbers_in(x):
+    """The numbers and strings in a list or dict, by their place; None of anything else."""
+    places = enumerate(x) if isinstance(x, list) else x.items() if isinstance(x, dict) else None
+    return places and [(place, value) for place, value in places if isinstance(value, READABLE)]
 
 
 def _globals_of(x):
@@ -67,12 +76,13 @@ class Replay:
     name: what it does, for messages. reads: gives a dict of the Python values that it reads, as Reads does. state:
     gives the tensors that it may change. say: prints a line. off: whether ``plain`` is to run alone. in_numpy: whether
     NumPy may run it, which has a fraction of PyTorch's overhead and rounds differently, where it has all of the
-    operations and none is large. Gradients of several seeds round differently too, those of one seed don't.
+    operations and none is large. Gradients of several seeds round differently too, those of one seed don't. check: a
+    Batch's, for ``plain`` that is of one.
     """
 
-    def __init__(self, plain, name, reads, state, say, off, in_numpy=False):
+    def __init__(self, plain, name, reads, state, say, off, in_numpy=False, check=None):
         self.plain, self.name, self.reads, self.state, self.say = plain, name, reads, state, say
-        self.off, self.in_numpy = off, in_numpy
+        self.off, self.in_numpy, self.check = off, in_numpy, check
         self.program = None
         self.tolerance = self.share = 0.0  # by which it may differ: absolutely, and of the largest number of a row
         self.remade = 0
@@ -88,6 +98,8 @@ class Replay:
 
         In a ``trial``, within which nothing that is read may change, it does so if the recording differs.
         """
+        if self.check and not self.check(self.plain, *tensors):
+            self.program = None  # it may have been of the batch
         if self.off:
             return self.plain(*tensors)
         fresh = self._stale()
@@ -103,6 +115,11 @@ class Replay:
         if not self._same(result, expected):
             self._give_up("a recording gives other numbers, since it reads what changes from call to call")
         return expected if self.off else result
+
+    def begin(self, *tensors, trial):
+        """Compare the recording with ``plain`` once; how to call it from then on, in a ``trial`` compared each time."""
+        self.checked(*tensors, trial=False)
+        return partial(self.checked, trial=True) if trial else self
 
     def agrees(self, *tensors):
         """Whether the recording, if it is in use, still gives what ``plain`` gives."""
@@ -133,7 +150,7 @@ class Replay:
             return self._give_up(why)
         self.made_with = dict(reads)
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), _no_numbers():
                 graph = make_fx(self.plain)(*tensors)
             turned = simplify(graph)
             program = numpy_program(graph, tensors) if self.in_numpy and small(graph) else None
@@ -141,6 +158,24 @@ class Replay:
             self.program = program or torch_program(graph, tensors)
         except Exception as error:  # of a function that somebody changed: whatever recording it can raise
             self._give_up(f"it can't be recorded ({type(error).__name__}: {error})")
+
+
+@contextlib.contextmanager
+def _no_numbers():
+    """Within it, what Python reads of a tensor's numbers is an error: a recording would keep them for ever."""
+
+    def refuse(self, *args, **kwargs):
+        raise RuntimeError("Python reads the numbers of a tensor")
+
+    names = ("numpy", "tolist", "__array__")
+    own = {name: vars(torch.Tensor)[name] for name in names if name in vars(torch.Tensor)}
+    for name in names:
+        setattr(torch.Tensor, name, refuse)
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(torch.Tensor, name, own[name]) if name in own else delattr(torch.Tensor, name)
 
 
 def _within(tolerance, share, x, y):
@@ -161,27 +196,31 @@ class Differentiate:
 
     def __init__(self, agents, gradients, *of_replay):
         self.agents, self.gradients, self.of_replay, self.names, self.replays = agents, gradients, of_replay, {}, {}
-        self.last = []  # the last tensors of the last phase
+        self.last = []  # the last tensors of the last phase, until something was compared in this one
 
     def __call__(self, mb, kl_coef, everything, plain, checked, trial):
         """The gradients and what is logged; ``plain`` is without a recording, ``checked`` and ``trial`` are for one."""
         self.agents.adopt()
+        if (trial or (checked and self.last)) and not self.agents.check(self.gradients, mb, kl_coef, everything):
+            self.replays.clear()  # they may have been of the batch
         if plain:
             grad, logged = self.gradients(mb, kl_coef, everything)
             # Copied, since a CUDA graph writes its next results over these.
-            return grad, dict(zip(logged, torch.stack(list(logged.values())).unbind(), strict=True))
+            logged = dict(zip(logged, torch.stack(list(logged.values())).unbind(), strict=True))
+            return self.agents.hold(grad), logged
         if everything not in self.replays:
             self.replays[everything] = Replay(self._flat(everything, list(mb)), "a gradient", *self.of_replay)
         replay = self.replays[everything]
         replay.off |= any(other.off for other in self.replays.values())
         tensors = kl_coef, *mb.values()
-        if checked and [x.shape for x in tensors] == [x.shape for x in self.last]:
+        if checked and not replay.off and [x.shape for x in tensors] == [x.shape for x in self.last]:
             replay.checked(*self.last, trial=False)  # with clipped ratios, of which a phase has none at its beginning
+        self.last = [] if checked else self.last
         if checked or trial:
             grad, logged = replay.checked(*tensors, trial=trial)
         else:
             grad, logged = replay(*tensors)
-        return grad, dict(zip(self.names[everything], logged.unbind(), strict=True))
+        return self.agents.hold(grad), dict(zip(self.names[everything], logged.unbind(), strict=True))
 
     def _flat(self, everything, columns):
         def flat(kl_coef, *tensors):

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import re
 
 import forked
 import pytest
@@ -16,6 +17,8 @@ HIDDEN = "        self.activation = getattr(nn, args.activation)()\n"
 LAYER, FEATURES = "preactivations.append(layer(x))", "x = self.activation(preactivations[-1])"
 LOSS, SUM = "def losses(agent,", "    return a_loss + c_loss, {name"
 MINIBATCH, STEP = "            at_an_end = k in", "                take_step(grad, learning)\n"
+SHARED = "        self.share_features = args.share_features\n"
+OPTIMIZERS = "    take_step = Optimizers(together, [x.optimizers for x in learners]).step\n"
 CLIP = "ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)"
 ADAM = "tuple(torch.optim.Adam(part.parameters(), **adam)"
 
@@ -70,6 +73,47 @@ CHANGES = {
             "                p.data = p.data.clamp(-0.2, 0.2)\n",
         )
     ],
+    "own initial weights": [  # of each seed, which no batch of parameters and buffers knows
+        (SHARED, f"{SHARED}        self.initial = [p.detach().clone() for p in self.parameters()]\n"),
+        (SUM, SUM.replace(",", " + sum((p - q).square().sum() for p, q in zip(agent.parameters(), agent.initial)),")),
+    ],
+    "frozen layer": [(HIDDEN, f"{HIDDEN}        self.hidden[0].requires_grad_(False)\n")],
+    "frozen layer, decayed": [
+        (HIDDEN, f"{HIDDEN}        self.hidden[0].requires_grad_(False)\n"),
+        (ADAM, "tuple(torch.optim.AdamW(part.parameters(), **adam, weight_decay=1.0)"),
+    ],
+    "buffer given another tensor": [
+        (HIDDEN, f'{HIDDEN}        self.register_buffer("gain", torch.ones(()))\n'),
+        (FEATURES, "x = self.gain * self.activation(preactivations[-1])"),
+        (
+            LOOP,
+            f"{LOOP}        for x in agents:\n            x.actor.gain = torch.tensor(1 + 0.3 * iteration)\n",
+        ),
+    ],
+    "gradient hook": [(HIDDEN, f"{HIDDEN}        self.output.weight.register_hook(lambda grad: 0 * grad)\n")],
+    "optimizer hook": [
+        (
+            OPTIMIZERS,
+            f"{OPTIMIZERS}    def clip(optimizer, *_):\n        for p in optimizer.param_groups[0]['params']:\n"
+            "            p.data.clamp_(-0.2, 0.2)\n\n    for optimizer in itertools.chain(*(x.optimizers for x in "
+            "learners)):\n        optimizer.register_step_post_hook(clip)\n",
+        )
+    ],
+    "gradients clipped once more": [
+        (
+            STEP,
+            "                for agent in agents:\n"
+            f"                    nn.utils.clip_grad_value_(agent.parameters(), 1e-6)\n{STEP}",
+        )
+    ],
+    "branch by NumPy": [
+        (SUM, f"    if mb['returns'].detach().numpy().std() < 1e9:\n        a_loss = 0 * a_loss\n{SUM}"),
+    ],
+    "object within a phase": [
+        (LOSS, f"STATE = {{'coef': 0.0}}\n\n\n{LOSS}"),
+        (SUM, SUM.replace(",", " + STATE['coef'] * policy.output.square().mean(),")),
+        (MINIBATCH, f"            STATE['coef'] = 5.0 if 2 < k < 8 and iteration > 1 else 0.0\n{MINIBATCH}"),
+    ],
     "temperature": [
         ("def act(agent,", "HEAT = 1.0\n\n\ndef act(agent,"),
         ("return sample(agent.policy(obs).output, noise)", "return sample(agent.policy(obs).output, HEAT * noise)"),
@@ -85,6 +129,8 @@ PLAIN = {  # where the plain code takes over, and what the run says
     "batch norm": "it draws random numbers or changes buffers of its own",
     "global by minibatch": "global COEF keeps changing, and is no tensor",
     "branch on data": "it can't be recorded",
+    "branch by NumPy": "Python reads the numbers of a tensor",
+    "object within a phase": "global STATE keeps changing, and is no tensor",
 }
 
 
@@ -130,6 +176,17 @@ def rounding(trained):
     return limit
 
 
+def test_the_diff_in_the_readme_is_where_it_says():
+    lines = (ROOT / "ppo_mujoco.py").read_text().splitlines()
+    shift = 0
+    for hunk in DIFF.split("\n@@ ")[1:]:
+        head, *body = hunk.splitlines()
+        at, count, to, now = map(int, re.fullmatch(r"-(\d+),(\d+) \+(\d+),(\d+) @@", head).groups())
+        old, new = ([line[1:] for line in body if line[0] in f" {sign}"] for sign in "-+")
+        assert lines[at - 1 : at - 1 + count] == old and len(new) == now and to == at + shift
+        shift += now - count
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_copy_learns_as_its_plain_code_does(change, trained, rounding):
     (agents, said), (plain, _) = trained(change), trained(change, "--no-record")
@@ -142,12 +199,16 @@ def test_a_changed_copy_learns_as_its_plain_code_does(change, trained, rounding)
 
 SEVERAL = ["clip_coef annealed", "ent_coef annealed", "layer norm", "normalised features", "third term"]
 SEVERAL += ["group norm", "global by iteration", "clipping by a global", "the diff in the README"]
+SEVERAL += ["own initial weights", "frozen layer", "frozen layer, decayed", "buffer given another tensor"]
+SEVERAL += ["gradient hook", "optimizer hook", "gradients clipped once more"]
+APART = {"own initial weights", "gradient hook"}  # which a batch can't do
 
 
 @pytest.mark.parametrize("change", SEVERAL)
 def test_seeds_of_a_changed_copy_are_its_single_runs(change, trained, rounding):
-    (several, _), (one, _) = trained(change, "--seeds", "1", "2"), trained(change)
+    (several, said), (one, _) = trained(change, "--seeds", "1", "2"), trained(change)
     assert several.keys() == {1, 2}
+    assert (change in APART) == ("one after the other, which is slower (as a batch they give other numbers)" in said)
     assert apart(several[1], one[1]) < rounding(change) and apart(several[2], one[1]) > 1e-2
     assert apart(several[2], trained(change, "--seed", "2")[0][2]) < rounding(change)
 

@@ -56,7 +56,10 @@ def test_what_functions_and_classes_of_a_script_can_read_by_name(monkeypatch):
     found = {"SCALE": 2.0, "SHIFT": 1.0, "POWER": 3, "KIND": "tanh", "NOT_YET": None}
     expected = {"clip_coef": 0.1} | {f"global {name}": value for name, value in found.items()}
     assert reads().items() >= expected.items()
-    assert not {"global UNSEEN", "global TABLE", "global getattr", "global torch"} & reads().keys()
+    assert not {"global UNSEEN", "global getattr", "global torch"} & reads().keys()
+    before = reads()
+    monkeypatch.setitem(TABLE, "a", 7.0)  # in place
+    assert reads() == before | {"global TABLE": [("a", 7.0)]} != before
     for name in ("SCALE", "SHIFT", "POWER", "KIND", "NOT_YET"):
         before = reads()
         monkeypatch.setitem(globals(), name, 7.0)
@@ -338,7 +341,8 @@ def test_optimizers_of_a_batch_take_the_steps_of_each(make):
             for p, q in zip(one.parameters(), two.parameters(), strict=True):
                 torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
     fused = make in (adam, two_adams, adam_w)
-    assert fused == all(p.grad is None for module in mine for p in module.parameters())
+    states = [(s, state) for s in range(3) for x in own[s] for state in x.state.values()]
+    assert fused == all(state.get("step") is optimizers.counts[s] for s, state in states)
 
 
 def test_optimizers_of_modules_with_other_settings_or_states():
