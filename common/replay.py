@@ -11,6 +11,7 @@ import builtins
 import contextlib
 import dis
 import inspect
+import itertools
 import operator
 import types
 import warnings
@@ -53,9 +54,9 @@ class Reads:
 
 
 def _numbers_in(x):
-    """The numbers and strings in a list or dict, by their place; None of anything else."""
+    """The numbers and strings among the first 100 of a list or dict, by their place; None of anything else."""
     places = enumerate(x) if isinstance(x, list) else x.items() if isinstance(x, dict) else None
-    return places and [(place, value) for place, value in places if isinstance(value, READABLE)]
+    return places and [(at, value) for at, value in itertools.islice(places, 100) if isinstance(value, READABLE)]
 
 
 def _globals_of(x):
