@@ -189,7 +189,7 @@ def draw(table, seeds):
         if name in NEVER:
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.set_xlabel(label)
-        axis.set_yticks(range(len(table)), ["PPO" if x == PPO else x.replace(" + ", "\n+ ") for x in table["remedy"]])
+        axis.set_yticks(range(len(table)), ["PPO" if x == PPO else x.rpartition(" + ")[2] for x in table["remedy"]])
         axis.set_ylim(len(table) - 0.5, -0.5)
     return figure
 
