@@ -204,9 +204,8 @@ class Differentiate:
         """The gradients and what is logged; ``plain`` is without a recording, ``checked`` and ``trial`` are for one."""
         self.agents.adopt()
         begins = checked and bool(self.last)
-        if (trial or (begins and self.phases % 8 == 1)) and not self.agents.check(
-            self.gradients, mb, kl_coef, everything
-        ):
+        by_itself = trial or (begins and self.phases % 8 == 1)  # it takes as long as a step of each seed
+        if by_itself and not self.agents.check(self.gradients, mb, kl_coef, everything):
             self.replays.clear()  # they may have been of the batch
         if plain:
             grad, logged = self.gradients(mb, kl_coef, everything)
