@@ -5,8 +5,8 @@
 Of the run's checkpoints it takes the one nearest to the largest return, the first at which the return has fallen below
 half of that for good (`benchmark.measures.collapse`), and the last; of a run whose return didn't fall, the first of
 these and the last. Writes RUN/videos/{step}-sampled.mp4 (or -greedy), as ``--capture-video`` does in training.
-Atari, and MuJoCo where there is EGL. Exit codes: 0, 1 where one of several runs could not be filmed, 2 where the only one
-could not, or for a wrong command line.
+Atari, and MuJoCo where there is EGL. Exit codes: 0, 1 where one of several runs could not be filmed, 2 where the only
+one could not, or for a wrong command line.
 """
 
 import sys
