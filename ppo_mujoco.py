@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from envpool.mujoco.gym.registration import gym_mujoco_envs
+from envpool.mujoco.gym import registration
 from torch import Tensor
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which python -P leaves out
@@ -148,7 +148,7 @@ class Args(RunArgs):
 def check_args(args):
     """Refuse what can't run before anything is started, and fill in what follows from the arguments."""
     check_run_args(args)
-    tasks = [f"{task}-{version}" for task, versions, _ in gym_mujoco_envs for version in versions]
+    tasks = [f"{task}-{version}" for task, versions, _ in registration.gym_mujoco_envs for version in versions]
     if args.env_id not in tasks:
         some = nearest(args.env_id, tasks) or "Hopper-v4, Ant-v4, Humanoid-v4"
         fail(f"--env-id {args.env_id}: must be one of Gymnasium's {len(tasks)} MuJoCo tasks; nearest: {some}")

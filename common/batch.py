@@ -1,6 +1,7 @@
 """Copies of one module as a batch: their weights are the rows of one tensor, and one call serves all of them."""
 
 import operator
+from itertools import chain
 
 import torch
 from torch.func import functional_call
@@ -219,6 +220,8 @@ class Optimizers:
 
     def __init__(self, batch, optimizers):
         self.batch, self.optimizers = batch, optimizers
+        self.all = list(chain(*optimizers))
+        self.adams = all(type(x) in (torch.optim.Adam, torch.optim.AdamW) for x in self.all)
         self.rows = list(batch.rows)
         self.moments = {name: torch.zeros_like(batch.rows) for name in ("exp_avg", "exp_avg_sq")}
         self.of_each = [x.unbind() for x in self.moments.values()]
@@ -231,7 +234,9 @@ class Optimizers:
                 raise ValueError("the optimizers must have every parameter of the agent, and no other")
             views = [{name: x[i][s] for name, x in pieces.items()} for i in range(len(batch.sizes))]
             self.states.append([(owner[p], p, x) for p, x in zip(batch.parameters[s], views, strict=True)])
-        self.adopted = [None] * len(optimizers)  # what the state of each module's optimizers held when it was adopted
+        self.adopted = [(None,)] * len(
+            optimizers
+        )  # what the state of each module's optimizers held when it was adopted
 
     @torch.no_grad()
     def step(self, grad, learning):
@@ -249,7 +254,7 @@ class Optimizers:
                 for optimizer in self.optimizers[s]:
                     optimizer.step()
             return
-        lr, (beta1, beta2), eps, weight_decay, maximize, decoupled = settings
+        lr, (beta1, beta2), eps, weight_decay, maximize, decoupled, _, _ = settings
         lists = (self.rows, grad.unbind(), *self.of_each, self.counts)
         rows, grads, exp_avgs, exp_avg_sqs, counts = ([x[s] for s in learning] for x in lists)
         torch._foreach_add_(counts, 1)
@@ -261,25 +266,18 @@ class Optimizers:
 
     def _settings(self):
         """What all optimizers have set, or None if one call can't serve them."""
-        found = None
-        if not all(p.requires_grad for p in self.batch.of_all):  # which weight decay would move
+        if not (self.adams and all(map(_REQUIRES_GRAD, self.batch.of_all))):  # weight decay would move frozen ones
             return None
-        for optimizer in (optimizer for own in self.optimizers for optimizer in own):
-            if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or len(optimizer.param_groups) != 1:
-                return None
-            if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-                return None
-            (group,) = optimizer.param_groups
-            settings = _SETTINGS(group)
-            if group["amsgrad"] or not group["fused"] or settings != (found or settings):
-                return None
-            found = settings
-        return found
+        groups = list(map(_GROUPS, self.all))
+        if max(map(len, groups)) > 1 or any(map(_PRE_HOOKS, self.all)) or any(map(_POST_HOOKS, self.all)):
+            return None
+        settings = [_SETTINGS(group) for (group,) in groups]
+        *_, amsgrad, fused = settings[0]
+        return settings[0] if fused and not amsgrad and settings.count(settings[0]) == len(settings) else None
 
     def _adopt(self, s):
         """Make the state of module ``s``'s optimizers that of its row; False if its parameters have other counts."""
-        held = self._held(s)
-        if held == self.adopted[s]:
+        if all(map(operator.is_, self._held(s), self.adopted[s])):
             return True
         count, others = self.counts[s], []
         for optimizer, p, views in self.states[s]:
@@ -299,15 +297,20 @@ class Optimizers:
                 for name, view in views.items():
                     view.copy_(state[name]) if name in state else view.zero_()
                 state.update(views, step=count)
-        self.adopted[s] = self._held(s)
+        self.adopted[s] = list(self._held(s))
         return True
 
     def _held(self, s):
-        """Which objects the state of module ``s``'s optimizers holds, found without hashing a parameter.
-
-        Those that were adopted are kept alive here, so that no other object comes to have their ids.
-        """
-        return [list(map(id, state.values())) for x in self.optimizers[s] for state in x.state.values()]
+        """What the state of module ``s``'s optimizers holds, found without hashing a parameter, and an end."""
+        states = chain.from_iterable(x.state.values() for x in self.optimizers[s])
+        return chain(chain.from_iterable(map(dict.values, states)), _END)
 
 
-_SETTINGS = operator.itemgetter("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
+_SETTINGS = operator.itemgetter(
+    *("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay", "amsgrad", "fused")
+)
+_END = (object(),)
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
+_GROUPS = operator.attrgetter("param_groups")
+_PRE_HOOKS = operator.attrgetter("_optimizer_step_pre_hooks")
+_POST_HOOKS = operator.attrgetter("_optimizer_step_post_hooks")

@@ -74,10 +74,11 @@ class UpdatePhase:
         if end is None:
             yield
             return
-        before = self._reference(advantages)
+        outside = self._outside(advantages)
+        before = self._outputs(outside)
         yield
-        if before is not None:
-            after = self._reference(advantages)
+        if len(outside):
+            after = self._outputs(outside)
             self.churn[f"churn/{end}_step/policy"] = self.policy_kl(before[0], after[0]).mean()
             self.churn[f"churn/{end}_step/value"] = (after[1] - before[1]).square().mean()
         if end == "first":
@@ -97,15 +98,17 @@ class UpdatePhase:
         finally:
             self.agent.train(was)
 
-    @torch.no_grad()
-    def _reference(self, advantages):
-        """The outputs for samples outside the minibatch, which are those with other advantages; None without any."""
+    def _outside(self, advantages):
+        """Observations outside the minibatch, which are those with other advantages: REFERENCE or fewer, or none."""
         outside = (~torch.isin(self.batch["advantages"], advantages)).nonzero().squeeze(1)
-        if not len(outside):
-            return None
-        chosen = outside[torch.linspace(0, len(outside) - 1, min(REFERENCE, len(outside))).long().to(outside.device)]
+        last = max(len(outside) - 1, 0)
+        chosen = torch.linspace(0, last, min(REFERENCE, len(outside))).long().to(outside.device)
+        return self.batch["obs"][outside[chosen]]
+
+    @torch.no_grad()
+    def _outputs(self, obs):
         with self._only_looking():
-            return [x.output for x in self.agent(self.batch["obs"][chosen])]
+            return [x.output for x in self.agent(obs)] if len(obs) else None
 
     @torch.no_grad()
     def measures(self, logged, before, after, activation, initial):
@@ -169,8 +172,11 @@ def phases_of(agents, batch, num_updates, policy_kl, diagnosed):
 @contextlib.contextmanager
 def steps(phases, k, advantages, learning):
     """Encloses step k of several UpdatePhases, which those in ``learning`` take; ``advantages`` is (S, M)."""
+    if k not in phases[0].ends:
+        yield
+        return
     with contextlib.ExitStack() as stack:
-        for s in learning if k in phases[0].ends else ():
+        for s in learning:
             stack.enter_context(phases[s].step(k, advantages[s]))
         yield
 
