@@ -72,6 +72,24 @@ def table_of_runs(runs):
     return table.sort_values([*SETTING, "seed"], ignore_index=True)
 
 
+def with_earlier(table, path):
+    """``table``, with the rows of an earlier ``runs.csv`` for the runs of their names; ends the program where that file
+    is another."""
+    try:
+        earlier = pd.read_csv(path)
+    except (OSError, ValueError) as error:  # pandas' and Unicode's errors are ValueErrors
+        fail(f"--earlier {path}: can't be read as CSV ({error})")
+    if missing := [name for name in table if name not in earlier]:
+        fail(f"--earlier {path}: must be a runs.csv of this command; it has no column {', '.join(missing)}")
+    rows = earlier.loc[earlier["run"].isin(table["run"]), list(table)]
+    try:
+        rows = rows.astype(table.dtypes)
+    except (TypeError, ValueError) as error:
+        fail(f"--earlier {path}: must be a runs.csv of this command ({error})")
+    table = table[~table["run"].isin(rows["run"])]
+    return pd.concat([x for x in (table, rows) if len(x)], ignore_index=True)
+
+
 def table_of_settings(table, seed, resamples):
     """A row for each setting and, where it has several numbers of epochs, for all of them, stratified by them.
 
@@ -198,6 +216,8 @@ def markdown(table):
 class Args:
     runs: tuple[str, ...] = ("runs",)
     """run folders, folders of runs, files of benchmark.logs, the paper's CSV logs, or quoted patterns of these"""
+    earlier: Path | None = None
+    """runs.csv of an earlier call, whose rows count for the runs in it: of whole logs, where --runs has thinned ones"""
     output: Path = Path("figures")
     """folder of table.md, table.csv (both a row for each setting) and runs.csv (a row for each run)"""
     resamples: int = 10_000
@@ -219,14 +239,16 @@ if __name__ == "__main__":
     print_left_out(left_out, notes)
     if not finished:
         fail(f"--runs {' '.join(args.runs)}: no finished run in it can be used", code=1)
-    make_folder(args.output)
     print("\n".join([f"{len(finished)} runs used:", *settings_table(finished)]))
     each = table_of_runs(finished)
+    if args.earlier:
+        each = with_earlier(each, args.earlier)
     each = each.sort_values(
         ["source", "env_id", "activation", "schedule", "intervention", "epochs", "seed"],
         key=lambda column: column.map(order_of) if column.name == "intervention" else column,
         ignore_index=True,
     )
+    make_folder(args.output)
     settings = table_of_settings(each, args.seed, args.resamples)
     text = "\n".join([markdown(settings), "", *(f"- {line}" for line in claims(each))])
     for name, write in (

@@ -886,6 +886,27 @@ def test_the_table(sweep):
     assert "in progress: the table is of the end of training" in printed
 
 
+def test_rows_of_whole_logs_stand_for_thinned_runs(sweep, tmp_path):
+    """As if all had been read whole; a run that is not in the earlier table is measured by what there is of it."""
+    command("table", "--runs", sweep / "runs", "--output", tmp_path / "whole", "--resamples", "200")
+    command("logs", "--runs", sweep / "runs", "--output", tmp_path / "thin", "--points", "20")
+    whole = pd.read_csv(tmp_path / "whole" / "runs.csv")
+    whole[whole["seed"] == 1].to_csv(tmp_path / "earlier.csv", index=False)
+    for earlier, name in ((tmp_path / "whole" / "runs.csv", "all"), (tmp_path / "earlier.csv", "some"), (None, "none")):
+        flags = ["--runs", tmp_path / "thin", "--output", tmp_path / name, "--resamples", "200"]
+        command("table", *flags, *(["--earlier", earlier] if earlier else []))
+    assert (tmp_path / "all" / "runs.csv").read_bytes() == (tmp_path / "whole" / "runs.csv").read_bytes()
+    pd.testing.assert_frame_equal(*(pd.read_csv(tmp_path / name / "table.csv") for name in ("all", "whole")), rtol=1e-4)
+    tables = {name: pd.read_csv(tmp_path / name / "runs.csv").set_index("run") for name in ("some", "none")}
+    known, whole = tables["some"]["seed"] == 1, whole.set_index("run").loc[tables["some"].index]
+    assert known.any() and tables["some"][known].equals(whole[known]) and not tables["none"].equals(whole)
+    assert tables["some"][~known].equals(tables["none"][~known])
+    for text, words in (("a,b\n1,2\n", "has no column run"), ("", "can't be read as CSV")):
+        (tmp_path / "other.csv").write_text(text)
+        flags = ["--runs", sweep / "runs", "--earlier", tmp_path / "other.csv", "--output", tmp_path / "not"]
+        assert words in command("table", *flags, code=2)[1] and not (tmp_path / "not").exists()
+
+
 def test_thinned_files_serve_as_runs(sweep):
     out = command("logs", "--runs", sweep / "runs", "--output", sweep / "thin", "--points", "50")[0]
     for intervention in ("none", "PFO_last"):
