@@ -2,6 +2,7 @@
 
 import copy
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from common.batch import Batch, Optimizers
-from common.replay import IN_NUMPY, MAX_REMADE, Reads, Replay, _within, simplify
+from common.replay import IN_NUMPY, MAX_REMADE, Differentiate, Reads, Replay, _within, simplify
 
 
 def replay(plain, reads=None, state=list, **options):
@@ -46,6 +47,10 @@ class Reader(nn.Module):
         return sum(f(x) for f in (lambda x: SHIFT * x, getattr(torch, KIND)))
 
 
+class Named(NamedTuple):  # of whose methods some are not of this module
+    x: float = 1.0
+
+
 @torch.no_grad()
 def reader(x):
     return SCALE * x, TABLE["a"], NOT_YET  # noqa: F821
@@ -56,7 +61,7 @@ def test_what_functions_and_classes_of_a_script_can_read_by_name(monkeypatch):
     found = {"SCALE": 2.0, "SHIFT": 1.0, "POWER": 3, "KIND": "tanh", "NOT_YET": None}
     expected = {"clip_coef": 0.1} | {f"global {name}": value for name, value in found.items()}
     assert reads().items() >= expected.items()
-    assert not {"global UNSEEN", "global getattr", "global torch"} & reads().keys()
+    assert not {"global UNSEEN", "global getattr", "global torch", "global _tuple_new"} & reads().keys()
     before = reads()
     monkeypatch.setitem(TABLE, "a", 7.0)  # in place
     assert reads() == before | {"global TABLE": [("a", 7.0)]} != before
@@ -292,6 +297,33 @@ def test_a_recording_that_rounds_is_told_from_one_that_is_wrong():
         assert run.agrees(x) == right, factor
     run.checked(x, trial=False)  # recorded anew
     assert run.agrees(x) and not run.off and not said
+
+
+def test_a_phase_that_ends_with_plain_code_was_compared_by_it(monkeypatch):
+    (module,), _ = modules(1)
+    batch, factor = Batch([module], pytest.fail), 1.0
+
+    def gradients(mb, kl_coef, everything):
+        loss = batch.each(lambda module, x: factor * module(x).square().mean())(mb["x"])
+        return batch.flat(batch.gradients(loss)), {"loss": loss.detach()}
+
+    differentiate = Differentiate(batch, gradients, dict, batch.state, pytest.fail, False)
+    mb, kl = {"x": torch.randn(1, 7, 3)}, torch.zeros(1)
+    compared = []
+    agrees = Replay.agrees
+    monkeypatch.setattr(Replay, "agrees", lambda self, *tensors: compared.append(1) or agrees(self, *tensors))
+
+    def phase(last_is_plain, change=1.0):
+        nonlocal factor
+        for k in range(4):
+            plain, factor = k == 0 or (k == 3 and last_is_plain), factor * (change if k == 3 else 1)
+            differentiate(mb, kl, everything=plain, plain=plain, checked=k == 1, trial=False)
+        return differentiate.agrees(mb, kl)
+
+    assert phase(True) and phase(True) and not compared
+    assert phase(False) and len(compared) == 1  # as one that stops early
+    assert phase(True) and len(compared) == 1
+    assert not phase(True, change=2.0) and len(compared) == 2
 
 
 def adam(module):
