@@ -634,6 +634,17 @@ def print_left_out(left_out, notes=()):
         print(f"note: {note}")
 
 
+def read_table(flag, path, columns):
+    """The runs.csv that ``flag`` names; ends the program if it can't be read, or lacks one of ``columns``."""
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:  # pandas' and Unicode's errors are ValueErrors
+        fail(f"{flag} {path}: can't be read as CSV ({error})")
+    if missing := [name for name in columns if name not in table]:
+        fail(f"{flag} {path}: must be a runs.csv; it has no column {', '.join(missing)}")
+    return table
+
+
 @contextlib.contextmanager
 def writing(path):
     """What writes ``path`` into the folder ``--output`` stands in here; if it can't, that costs one line."""

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import stats
 
 from benchmark.figures import log_axis
-from benchmark.logs import print_left_out, read_runs, writing
+from benchmark.logs import print_left_out, read_runs, read_table, writing
 from benchmark.measures import last_of
 from benchmark.table import improvement_interval, interval, probability_of_improvement, resampled, table_of_runs
 from common.arguments import check_folder, check_range, fail, make_folder
@@ -90,12 +90,7 @@ def table_of_seeds(runs):
 def with_earlier(seeds, path):
     """``seeds`` and the rows of an earlier ``runs.csv`` whose remedy has no run among them; ends the program where that
     file is another, or of another setting."""
-    try:
-        earlier = pd.read_csv(path)
-    except (OSError, ValueError) as error:  # pandas' and Unicode's errors are ValueErrors
-        fail(f"--earlier {path}: can't be read as CSV ({error})")
-    if missing := [name for name in seeds if name not in earlier]:
-        fail(f"--earlier {path}: must be a runs.csv of this command; it has no column {', '.join(missing)}")
+    earlier = read_table("--earlier", path, seeds)
     for name in ("source", "env_id", "activation", "schedule", "epochs"):
         other = set(earlier[name]) - set(seeds[name])
         if other:

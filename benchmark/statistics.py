@@ -36,6 +36,7 @@ from benchmark.logs import (
     order_of,
     print_left_out,
     read_runs,
+    read_table,
     settings_table,
     writing,
 )
@@ -91,12 +92,7 @@ def rows_of_epochs(runs, columns, height):
 
 def read_times(path, runs):
     """{name of the run: {event: Time}} of each of ``runs`` from a ``runs.csv`` of benchmark.table, --events."""
-    try:
-        table = pd.read_csv(path)
-    except (OSError, ValueError) as error:  # pandas' and Unicode's errors are ValueErrors
-        fail(f"--events {path}: can't be read as CSV ({error})")
-    if missing := [name for name in ("run", "last_step", *EVENTS) if name not in table]:
-        fail(f"--events {path}: must be runs.csv of benchmark.table; it has no column {', '.join(missing)}")
+    table = read_table("--events", path, ("run", "last_step", *EVENTS))
     numbers = table[["last_step", *EVENTS]].apply(pd.to_numeric, errors="coerce")
     if numbers["last_step"].isna().any() or (numbers[[*EVENTS]].isna() & table[[*EVENTS]].notna()).any(axis=None):
         fail(f"--events {path}: must have steps, as numbers, in the columns last_step, {', '.join(EVENTS)}")

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from benchmark.logs import RETURN, SETTING, order_of, print_left_out, read_runs, settings_table, writing
+from benchmark.logs import RETURN, SETTING, order_of, print_left_out, read_runs, read_table, settings_table, writing
 from benchmark.measures import FINAL_MEASURES, collapse, final_values, rank_when_broken, ratio_broken, settled
 from common.arguments import check_folder, check_range, fail, make_folder
 from common.run import parse_args
@@ -75,12 +75,7 @@ def table_of_runs(runs):
 def with_earlier(table, path):
     """``table``, with the rows of an earlier ``runs.csv`` for the runs of their names; ends the program where that file
     is another."""
-    try:
-        earlier = pd.read_csv(path)
-    except (OSError, ValueError) as error:  # pandas' and Unicode's errors are ValueErrors
-        fail(f"--earlier {path}: can't be read as CSV ({error})")
-    if missing := [name for name in table if name not in earlier]:
-        fail(f"--earlier {path}: must be a runs.csv of this command; it has no column {', '.join(missing)}")
+    earlier = read_table("--earlier", path, table)
     rows = earlier.loc[earlier["run"].isin(table["run"]), list(table)]
     try:
         rows = rows.astype(table.dtypes)
