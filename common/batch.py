@@ -234,9 +234,7 @@ class Optimizers:
                 raise ValueError("the optimizers must have every parameter of the agent, and no other")
             views = [{name: x[i][s] for name, x in pieces.items()} for i in range(len(batch.sizes))]
             self.states.append([(owner[p], p, x) for p, x in zip(batch.parameters[s], views, strict=True)])
-        self.adopted = [(None,)] * len(
-            optimizers
-        )  # what the state of each module's optimizers held when it was adopted
+        self.adopted = [(None,) for _ in optimizers]  # what the state of a module's optimizers held when adopted
 
     @torch.no_grad()
     def step(self, grad, learning):
