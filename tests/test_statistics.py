@@ -274,7 +274,7 @@ def program(*flags, code=0, name="statistics"):
 def test_the_command_on_the_committed_curves(tmp_path):
     """It makes what lies beside them, and their log-rank tests are those of claims.csv, which is of the whole logs."""
     said = program("--runs", MUJOCO, "--events", MUJOCO / "runs.csv", "--output", tmp_path)
-    assert "55 runs used:" in said and "never broke" not in said
+    assert "65 runs used:" in said and "never broke" not in said
     for place in ("ReLU", "Tanh"):
         for kind in ("survival", "aligned"):
             stem = f"{kind}_Hopper-v4_{place}_constant"
@@ -295,7 +295,7 @@ def test_the_command_on_the_committed_curves(tmp_path):
     assert relu["no intervention: 20 epochs against 10"] == found.loc[("none", 20), "p_epochs"]
     file = np.load(tmp_path / "rliable_MuJoCo_scores.npz")
     points = {name: file[name] for name in file.files if name != "tasks"}
-    assert len(points) == 11 and all(x.shape == (5, 1) for x in points.values())
+    assert len(points) == 13 and all(x.shape == (5, 1) for x in points.values())
 
 
 def test_runs_in_progress_and_healthy_ones(tmp_path):
