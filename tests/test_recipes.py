@@ -681,6 +681,11 @@ def test_runs_of_recipes_are_probed(copies, run, tmp_path):
         assert len(lines) == 3 and "nan" not in lines[1].lower()
 
 
+def test_the_main_readme_shows_a_recipe_as_it_is():
+    shown = (ROOT / "README.md").read_text(encoding="utf-8").split("```diff\n")[1].split("```")[0]
+    assert shown == recipe.path_of("spo_mujoco").read_text(encoding="utf-8")
+
+
 def test_the_readme_shows_a_recipe_as_it_is_and_names_all():
     text = (recipe.RECIPES / "README.md").read_text(encoding="utf-8")
     shown = text.split("```diff\n")[1].split("```")[0]
