@@ -28,8 +28,7 @@ from common.arguments import one_line
 
 aten = torch.ops.aten
 READABLE = (int, float, str, np.number, np.bool_, NoneType)
-MAX_REMADE = 4  # recordings, before values that keep changing make the plain code the faster one,
-WORTH = 250  # unless there are as many calls for each, in which a small network's gradient saves what recording takes
+MAX_REMADE = 4  # recordings, before values that keep changing make the plain code the faster one
 
 
 class Reads:
@@ -89,11 +88,10 @@ class Replay:
         self.off, self.in_numpy, self.check = off, in_numpy, check
         self.program = None
         self.tolerance = self.share = 0.0  # by which it may differ: absolutely, and of the largest number of a row
-        self.calls = self.remade = 0
+        self.remade = 0
 
     def __call__(self, *tensors):
         """What ``plain`` gives, by the recording where there is one."""
-        self.calls += 1
         if not self.off and self._stale():
             self._make(tensors)
         return self.plain(*tensors) if self.off else self.program(*tensors)
@@ -153,7 +151,7 @@ class Replay:
     def _make(self, tensors):
         self.remade += self.program is not None
         reads = self.reads()
-        if self.remade > max(MAX_REMADE, self.calls / WORTH):
+        if self.remade > MAX_REMADE:
             changed = [name for name, value in reads.items() if value != self.made_with.get(name)]
             why = f"{' and '.join(changed) or 'a value that it reads'} keeps changing, and is no tensor"
             return self._give_up(why)
