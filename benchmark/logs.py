@@ -637,7 +637,7 @@ def print_left_out(left_out, notes=()):
 def read_table(flag, path, columns):
     """The runs.csv that ``flag`` names; ends the program if it can't be read, or lacks one of ``columns``."""
     try:
-        table = pd.read_csv(path)
+        table = pd.read_csv(path, dtype={"run": str})
     except (OSError, ValueError) as error:  # pandas' and Unicode's errors are ValueErrors
         fail(f"{flag} {path}: can't be read as CSV ({error})")
     if missing := [name for name in columns if name not in table]:

@@ -76,7 +76,7 @@ def with_earlier(table, path):
     """``table``, with the rows of an earlier ``runs.csv`` for the runs of their names; ends the program where that file
     is another."""
     earlier = read_table("--earlier", path, table)
-    rows = earlier.loc[earlier["run"].isin(table["run"]), list(table)]
+    rows = earlier.loc[earlier["run"].isin(table["run"]), list(table)].drop_duplicates("run", keep="last")
     try:
         rows = rows.astype(table.dtypes)
     except (TypeError, ValueError) as error:

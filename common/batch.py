@@ -220,8 +220,6 @@ class Optimizers:
 
     def __init__(self, batch, optimizers):
         self.batch, self.optimizers = batch, optimizers
-        self.all = list(chain(*optimizers))
-        self.adams = all(type(x) in (torch.optim.Adam, torch.optim.AdamW) for x in self.all)
         self.rows = list(batch.rows)
         self.moments = {name: torch.zeros_like(batch.rows) for name in ("exp_avg", "exp_avg_sq")}
         self.of_each = [x.unbind() for x in self.moments.values()]
@@ -264,10 +262,13 @@ class Optimizers:
 
     def _settings(self):
         """What all optimizers have set, or None if one call can't serve them."""
-        if not (self.adams and all(map(_REQUIRES_GRAD, self.batch.of_all))):  # weight decay would move frozen ones
+        if not all(map(_REQUIRES_GRAD, self.batch.of_all)):  # weight decay would move frozen ones
             return None
-        groups = list(map(_GROUPS, self.all))
-        if max(map(len, groups)) > 1 or any(map(_PRE_HOOKS, self.all)) or any(map(_POST_HOOKS, self.all)):
+        found = list(chain(*self.optimizers))
+        if not _ADAMS.issuperset(map(type, found)) or any(map(_PRE_HOOKS, found)) or any(map(_POST_HOOKS, found)):
+            return None
+        groups = list(map(_GROUPS, found))
+        if any(len(x) != 1 for x in groups):
             return None
         settings = [_SETTINGS(group) for (group,) in groups]
         *_, amsgrad, fused = settings[0]
@@ -308,6 +309,7 @@ _SETTINGS = operator.itemgetter(
     *("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay", "amsgrad", "fused")
 )
 _END = (object(),)
+_ADAMS = {torch.optim.Adam, torch.optim.AdamW}
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 _GROUPS = operator.attrgetter("param_groups")
 _PRE_HOOKS = operator.attrgetter("_optimizer_step_pre_hooks")

@@ -129,8 +129,8 @@ class Replay:
         return self.off or self.gives(self.plain(*tensors), *tensors)
 
     def gives(self, expected, *tensors):
-        """Whether what the recording gives, if it is in use, begins with ``expected``."""
-        return self.off or self._same(self(*tensors)[: len(expected)], expected)
+        """Whether the recording, if it is in use, gives ``expected``."""
+        return self.off or self._same(self(*tensors), expected)
 
     def _stale(self):
         return self.program is None or self.reads() != self.made_with
@@ -217,7 +217,7 @@ class Differentiate:
             self.replays.clear()  # they may have been of the batch
         if plain:
             grad, logged = self.gradients(mb, kl_coef, everything)
-            self.agreed = not self.last and all(x.gives((grad,), kl_coef, *mb.values()) for x in self.replays.values())
+            self.agreed = not self.last and self._give(grad, logged, (kl_coef, *mb.values()))
             # Copied, since a CUDA graph writes its next results over these.
             logged = dict(zip(logged, torch.stack(list(logged.values())).unbind(), strict=True))
             return self.agents.hold(grad), logged
@@ -235,6 +235,16 @@ class Differentiate:
         else:
             grad, logged = replay(*tensors)
         return self.agents.hold(grad), dict(zip(self.names[everything], logged.unbind(), strict=True))
+
+    def _give(self, grad, logged, tensors):
+        """Whether the recordings give what plain code gave, as far as they have it."""
+        for everything, replay in self.replays.items():
+            names = self.names.get(everything, ())
+            if not names or not {*names} <= logged.keys():
+                return False
+            if not replay.gives((grad, torch.stack([logged[name] for name in names])), *tensors):
+                return False
+        return True
 
     def _flat(self, everything, columns):
         def flat(kl_coef, *tensors):
@@ -455,7 +465,7 @@ def numpy_program(graph, tensors):
         program = _in_numpy(graph)
         if program:
             program(*tensors)
-    except (TypeError, ValueError):
+    except Exception:  # of operations or arguments that NumPy has otherwise: PyTorch's program takes them
         return None
     return program
 
@@ -470,7 +480,9 @@ def _in_numpy(graph):
 
     def constant(x, name):
         setattr(root, name, x)
-        return stand_in(ours.get_attr(name))
+        found = stand_in(ours.get_attr(name))
+        found.shape = x.shape
+        return found
 
     for node in graph.graph.nodes:
         if node.op == "placeholder":

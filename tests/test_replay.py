@@ -137,6 +137,7 @@ OPERATIONS = {
     "batched": lambda x, bias, weight: torch.bmm((x * bias).unsqueeze(0), weight.exp().t().unsqueeze(0)),
     "vmap": lambda x, bias, weight: torch.vmap(F.linear)(x.exp().expand(2, *x.shape), weight.expand(2, 3, 4)),
     "parts": lambda x, bias, weight: torch.mul(*x.split(2, dim=1)) - (2 * x).select(1, -1).unsqueeze(1),
+    "parts of weights": lambda x, bias, weight: x.split(2, dim=1)[0] * bias.split(2)[1] - bias.chunk(2)[0],
     "parts by rows": lambda x, bias, weight: (x + bias).exp().split(1)[-1].squeeze(0) * weight.select(0, -1),
     "shapes": lambda x, bias, weight: x.exp().view(2, -1).unsqueeze(1).expand(2, 3, 2 * len(x)).transpose(1, 2) + 1,
     "sums": lambda x, bias, weight: torch.add(x, bias, alpha=3).sub(0.5).addcmul(x, x),
@@ -301,11 +302,11 @@ def test_a_recording_that_rounds_is_told_from_one_that_is_wrong():
 
 def test_a_phase_that_ends_with_plain_code_was_compared_by_it(monkeypatch):
     (module,), _ = modules(1)
-    batch, factor = Batch([module], pytest.fail), 1.0
+    batch, factor, shown = Batch([module], pytest.fail), 1.0, 1.0
 
     def gradients(mb, kl_coef, everything):
         loss = batch.each(lambda module, x: factor * module(x).square().mean())(mb["x"])
-        return batch.flat(batch.gradients(loss)), {"loss": loss.detach()}
+        return batch.flat(batch.gradients(loss)), {"loss": loss.detach(), "kl": shown * loss.detach()}
 
     differentiate = Differentiate(batch, gradients, dict, batch.state, pytest.fail, False)
     mb, kl = {"x": torch.randn(1, 7, 3)}, torch.zeros(1)
@@ -313,17 +314,20 @@ def test_a_phase_that_ends_with_plain_code_was_compared_by_it(monkeypatch):
     agrees = Replay.agrees
     monkeypatch.setattr(Replay, "agrees", lambda self, *tensors: compared.append(1) or agrees(self, *tensors))
 
-    def phase(last_is_plain, change=1.0):
-        nonlocal factor
+    def phase(last_is_plain, change=1.0, change_of_logged=1.0):
+        nonlocal factor, shown
         for k in range(4):
             plain, factor = k == 0 or (k == 3 and last_is_plain), factor * (change if k == 3 else 1)
+            shown *= change_of_logged if k == 3 else 1
             differentiate(mb, kl, everything=plain, plain=plain, checked=k == 1, trial=False)
         return differentiate.agrees(mb, kl)
 
     assert phase(True) and phase(True) and not compared
     assert phase(False) and len(compared) == 1  # as one that stops early
     assert phase(True) and len(compared) == 1
-    assert not phase(True, change=2.0) and len(compared) == 2
+    assert not phase(True, change_of_logged=2.0) and len(compared) == 2
+    assert phase(True) and len(compared) == 2  # recorded anew
+    assert not phase(True, change=2.0) and len(compared) == 3
 
 
 def adam(module):
