@@ -732,7 +732,7 @@ if __name__ == "__main__":
     mean, std = (np.repeat([getattr(x.normalizer, name) for x in learners], N, axis=0) for name in ("mean", "std"))
     normalizer = Normalizer(mean, std, learners[0].normalizer.time_limit)
     together = Batch(agents)
-    take_step = Optimizers(together, [x.optimizers for x in learners]).step
+    take_step = Optimizers(together, lambda: [x.optimizers for x in learners]).step
     kl_coef = torch.tensor([x["kl_coef"] if x else args.kl_coef for x in checkpoints], device=device)
 
     runs = make_runs(args_of_seeds, learners, checkpoints, kl_coef, device)  # from here on, something is written

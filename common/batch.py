@@ -212,32 +212,44 @@ def _stack(first, *others):
 
 
 class Optimizers:
-    """The optimizers of the modules of a Batch, a tuple for each module, which take their steps in one call.
+    """The optimizers of the modules of a Batch, which take their steps in one call.
 
     That call is the kernel of Adam and AdamW, on rows, without the bookkeeping of ``step()``, which on small networks
-    takes longer than the step. Optimizers of another kind, or whose settings differ, take a step each.
+    takes longer than the step. Optimizers of another kind, or whose settings differ, take a step each. find: gives the
+    optimizers as they now are, a tuple for each module.
     """
 
-    def __init__(self, batch, optimizers):
-        self.batch, self.optimizers = batch, optimizers
+    def __init__(self, batch, find):
+        self.batch, self.find = batch, find
         self.rows = list(batch.rows)
         self.moments = {name: torch.zeros_like(batch.rows) for name in ("exp_avg", "exp_avg_sq")}
         self.of_each = [x.unbind() for x in self.moments.values()]
         self.counts = [torch.zeros((), device=batch.rows.device) for _ in self.rows]
-        pieces = {name: batch.pieces(x) for name, x in self.moments.items()}
+        self.all = None  # of them, one after the other
+        self._take_over()
+
+    def _take_over(self):
+        """Look which optimizers there are now."""
+        self.optimizers = self.find()
+        found = list(chain(*self.optimizers))
+        if found == self.all:
+            return
+        self.all = found
+        pieces = {name: self.batch.pieces(x) for name, x in self.moments.items()}
         self.states = []  # of each module, and of each of its parameters: its optimizer, and the views of its moments
-        for s, own in enumerate(optimizers):
+        for s, own in enumerate(self.optimizers):
             owner = {p: optimizer for optimizer in own for group in optimizer.param_groups for p in group["params"]}
-            if owner.keys() != set(batch.parameters[s]):
+            if owner.keys() != set(self.batch.parameters[s]):
                 raise ValueError("the optimizers must have every parameter of the agent, and no other")
-            views = [{name: x[i][s] for name, x in pieces.items()} for i in range(len(batch.sizes))]
-            self.states.append([(owner[p], p, x) for p, x in zip(batch.parameters[s], views, strict=True)])
-        self.adopted = [(None,) for _ in optimizers]  # what the state of a module's optimizers held when adopted
+            views = [{name: x[i][s] for name, x in pieces.items()} for i in range(len(self.batch.sizes))]
+            self.states.append([(owner[p], p, x) for p, x in zip(self.batch.parameters[s], views, strict=True)])
+        self.adopted = [(None,) for _ in self.optimizers]  # what the state of a module's optimizers held when adopted
 
     @torch.no_grad()
     def step(self, grad, learning):
         """grad: like the batch's rows, and then each parameter's ``grad``; learning: the modules that take the step."""
         grad = self.batch.hold(grad)
+        self._take_over()
         settings = self._settings()
         if settings is None or not all(self._adopt(s) for s in learning):
             pieces = self.batch.pieces(grad)
@@ -264,10 +276,10 @@ class Optimizers:
         """What all optimizers have set, or None if one call can't serve them."""
         if not all(map(_REQUIRES_GRAD, self.batch.of_all)):  # weight decay would move frozen ones
             return None
-        found = list(chain(*self.optimizers))
-        if not _ADAMS.issuperset(map(type, found)) or any(map(_PRE_HOOKS, found)) or any(map(_POST_HOOKS, found)):
+        known = _ADAMS.issuperset(map(type, self.all))
+        if not known or any(map(_PRE_HOOKS, self.all)) or any(map(_POST_HOOKS, self.all)):
             return None
-        groups = list(map(_GROUPS, found))
+        groups = list(map(_GROUPS, self.all))
         if any(len(x) != 1 for x in groups):
             return None
         settings = [_SETTINGS(group) for (group,) in groups]

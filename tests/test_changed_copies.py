@@ -18,7 +18,7 @@ LAYER, FEATURES = "preactivations.append(layer(x))", "x = self.activation(preact
 LOSS, SUM = "def losses(agent,", "    return a_loss + c_loss, {name"
 MINIBATCH, STEP = "            at_an_end = k in", "                take_step(grad, learning)\n"
 SHARED = "        self.share_features = args.share_features\n"
-OPTIMIZERS = "    take_step = Optimizers(together, [x.optimizers for x in learners]).step\n"
+OPTIMIZERS = "    take_step = Optimizers(together, lambda: [x.optimizers for x in learners]).step\n"
 CLIP = "ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)"
 ADAM = "tuple(torch.optim.Adam(part.parameters(), **adam)"
 
@@ -114,6 +114,9 @@ CHANGES = {
         (SUM, SUM.replace(",", " + STATE['coef'] * policy.output.square().mean(),")),
         (MINIBATCH, f"            STATE['coef'] = 5.0 if 2 < k < 8 and iteration > 1 else 0.0\n{MINIBATCH}"),
     ],
+    "optimizers made anew": [
+        (LOOP, f"{LOOP}        for x in learners:\n            x.optimizers = make_optimizers(x.agent, args)\n"),
+    ],
     "temperature": [
         ("def act(agent,", "HEAT = 1.0\n\n\ndef act(agent,"),
         ("return sample(agent.policy(obs).output, noise)", "return sample(agent.policy(obs).output, HEAT * noise)"),
@@ -195,6 +198,12 @@ def test_a_changed_copy_learns_as_its_plain_code_does(change, trained, rounding)
     assert change == "none" or rounding(change) > 2e-4
     assert ("runs as plain code" in said) == (change in PLAIN)
     assert PLAIN.get(change, "") in said
+
+
+def test_optimizers_made_anew_in_each_iteration_have_no_moments(trained):
+    flags = "--reset-optimizer", "--seeds", "1", "2"
+    (mine, _), (theirs, _) = trained("optimizers made anew", *flags[1:]), trained("none", *flags)
+    assert all(apart(mine[seed], theirs[seed]) == 0 for seed in (1, 2))
 
 
 SEVERAL = ["clip_coef annealed", "ent_coef annealed", "layer norm", "normalised features", "third term"]

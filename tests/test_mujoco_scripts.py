@@ -200,7 +200,7 @@ def test_recorded_gradients_and_actions_are_the_eager_ones(variant, everything, 
             return script.gradients(together, losses, mb, kl_coef, args)
 
         optimizers = script.make_optimizers(agent, args)
-        return together, gradients, optimizers, Optimizers(together, [optimizers]).step
+        return together, gradients, optimizers, Optimizers(together, lambda: [optimizers]).step
 
     together, eager, optimizers, _ = learner(agent)
     others, gradients, theirs, step = learner(other)

@@ -220,7 +220,7 @@ def test_update_phase_on_mujoco_against_a_plain_computation(shared, monkeypatch,
     optimizers = script.make_optimizers(agent, args)
     together = Batch([agent])
     of_one = together.each(lambda agent, mb, kl_coef: script.losses(agent, mb, kl_coef, args))
-    step = Optimizers(together, [optimizers]).step
+    step = Optimizers(together, lambda: [optimizers]).step
     differentiate = script.Differentiate(
         together,
         lambda mb, kl_coef, everything: script.gradients(together, of_one, mb, kl_coef, args),

@@ -357,7 +357,7 @@ def test_optimizers_of_a_batch_take_the_steps_of_each(make):
     mine, theirs = modules(3)
     batch = Batch(mine)
     own, other = [make(module) for module in mine], [make(module) for module in theirs]
-    optimizers = Optimizers(batch, own)
+    optimizers = Optimizers(batch, lambda: own)
     for k in range(6):
         grads = [torch.randn_like(x) for x in batch.pieces(batch.rows)]
         learning = [0, 1, 2] if k < 3 else [0, 2]
@@ -387,7 +387,7 @@ def test_optimizers_of_modules_with_other_settings_or_states():
     batch = Batch(mine)
     own, other = [adam(module) for module in mine], [adam(module) for module in theirs]
     own[1][0].param_groups[0]["lr"] = other[1][0].param_groups[0]["lr"] = 1e-3
-    optimizers = Optimizers(batch, own)
+    optimizers = Optimizers(batch, lambda: own)
     for k in range(5):
         if k == 3:  # from here on one call serves both, with the moments that each of them has
             own[1][0].param_groups[0]["lr"] = other[1][0].param_groups[0]["lr"] = 1e-2
@@ -407,13 +407,33 @@ def test_optimizers_of_modules_with_other_settings_or_states():
                 assert (p.grad is None) == (k >= 3)
 
 
+@pytest.mark.parametrize("make", [adam, two_adams, momentum])
+def test_optimizers_that_are_made_anew_take_the_next_step(make):
+    mine, theirs = modules(2)
+    own, other = [adam(module) for module in mine], [adam(module) for module in theirs]
+    batch = Batch(mine)
+    optimizers = Optimizers(batch, lambda: own)
+    for k in range(5):
+        if k == 2:
+            own, other = [make(module) for module in mine], [make(module) for module in theirs]
+        grads = [torch.randn_like(x) for x in batch.pieces(batch.rows)]
+        optimizers.step(batch.flat(grads), [0, 1])
+        for s in (0, 1):
+            for p, grad in zip(theirs[s].parameters(), grads, strict=True):
+                p.grad = grad[s].clone()
+            for optimizer in other[s]:
+                optimizer.step()
+            for p, q in zip(mine[s].parameters(), theirs[s].parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("what", ["rate", "state"])
 def test_optimizers_that_come_to_differ_count_their_steps(what):
     """An actor whose rate is annealed beside a critic's that isn't, or that forgets its moments alone."""
     mine, theirs = modules(2)
     batch = Batch(mine)
     own, other = [two_adams(module) for module in mine], [two_adams(module) for module in theirs]
-    optimizers = Optimizers(batch, own)
+    optimizers = Optimizers(batch, lambda: own)
     for k in range(8):
         for one, _ in (*own, *other):
             if what == "rate":
@@ -435,5 +455,5 @@ def test_optimizers_that_come_to_differ_count_their_steps(what):
 def test_optimizers_must_have_all_parameters():
     (module,), _ = modules(1)
     with pytest.raises(ValueError, match="every parameter"):
-        Optimizers(Batch([module]), [(torch.optim.Adam(module[0].parameters(), fused=True),)])
+        Optimizers(Batch([module]), lambda: [(torch.optim.Adam(module[0].parameters(), fused=True),)])
     assert np.isfinite(module[0].weight.detach().numpy()).all()
