@@ -81,6 +81,7 @@ def with_earlier(table, path):
         rows = rows.astype(table.dtypes)
     except (TypeError, ValueError) as error:
         fail(f"--earlier {path}: must be a runs.csv of this command ({error})")
+    print(f"{len(rows)} of {len(table)} runs as they are in {path}")
     table = table[~table["run"].isin(rows["run"])]
     return pd.concat([x for x in (table, rows) if len(x)], ignore_index=True)
 

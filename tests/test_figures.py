@@ -894,7 +894,8 @@ def test_rows_of_whole_logs_stand_for_thinned_runs(sweep, tmp_path):
     whole[whole["seed"] == 1].to_csv(tmp_path / "earlier.csv", index=False)
     for earlier, name in ((tmp_path / "whole" / "runs.csv", "all"), (tmp_path / "earlier.csv", "some"), (None, "none")):
         flags = ["--runs", tmp_path / "thin", "--output", tmp_path / name, "--resamples", "200"]
-        command("table", *flags, *(["--earlier", earlier] if earlier else []))
+        said = command("table", *flags, *(["--earlier", earlier] if earlier else []))[0]
+        assert (f"of 9 runs as they are in {earlier}" in said) == bool(earlier)
     assert (tmp_path / "all" / "runs.csv").read_bytes() == (tmp_path / "whole" / "runs.csv").read_bytes()
     pd.testing.assert_frame_equal(*(pd.read_csv(tmp_path / name / "table.csv") for name in ("all", "whole")), rtol=1e-4)
     tables = {name: pd.read_csv(tmp_path / name / "runs.csv").set_index("run") for name in ("some", "none")}
