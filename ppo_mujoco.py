@@ -524,14 +524,14 @@ def losses(agent, mb, kl_coef, args, everything=True):
     return a_loss + c_loss, {name: x.detach() for name, x in {**a_logged, **c_logged}.items()}
 
 
-def gradients(agents, losses, mb, kl_coef, args):
+def gradients(together, losses_of_each, mb, kl_coef, args):
     """Clipped gradients of each seed's losses on its minibatch, in a row for each, and what is logged, by name.
 
-    agents: a Batch of S. losses(mb, kl_coef): those of each, of tensors (S, …).
+    together: a Batch of S. losses_of_each(mb, kl_coef): those of each, of tensors (S, …).
     """
-    loss, logged = losses(mb, kl_coef)
-    row = agents.flat(agents.gradients(loss))
-    parts = [row[:, columns] for columns in agents.columns(Agent.parts)]
+    loss, logged = losses_of_each(mb, kl_coef)
+    row = together.flat(together.gradients(loss))
+    parts = [row[:, columns] for columns in together.columns(Agent.parts)]
     norms = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts])
     for part, norm in zip(parts, (args.max_grad_norm / (norms + 1e-6)).clamp(max=1).unsqueeze(2), strict=True):
         part.mul_(norm)
@@ -678,16 +678,16 @@ def make_runs(args_of_seeds, learners, checkpoints, kl_coef, device):
     return runs
 
 
-def of_all_seeds(agents, args, device, say):
-    """Acting and differentiating for all agents of a Batch at once, by recordings where they can be made."""
+def of_all_seeds(together, args, device, say):
+    """Acting and differentiating for all seeds of a Batch at once, by recordings where they can be made."""
 
     @torch.no_grad()
     def act_of_all(obs, noise):
-        actions = agents.each(act)(*(x.unflatten(0, (len(agents.modules), -1)) for x in (obs, noise)))
+        actions = together.each(act)(*(x.unflatten(0, (len(together.modules), -1)) for x in (obs, noise)))
         return (actions.flatten(0, 1),)
 
     losses_of_all = {
-        everything: agents.each(lambda agent, mb, kl_coef, e=everything: losses(agent, mb, kl_coef, args, e))
+        everything: together.each(lambda agent, mb, kl_coef, e=everything: losses(agent, mb, kl_coef, args, e))
         for everything in (True, False)
     }
     if args.compile:
@@ -695,18 +695,18 @@ def of_all_seeds(agents, args, device, say):
         losses_of_all = {everything: compiled(x, device) for everything, x in losses_of_all.items()}
 
     def gradients_of_all(mb, kl_coef, everything):
-        return gradients(agents, losses_of_all[everything], mb, kl_coef, args)
+        return gradients(together, losses_of_all[everything], mb, kl_coef, args)
 
-    of_replay = (Reads(args, losses), agents.state, say, device.type != "cpu" or args.compile or not args.record)
-    acting = Replay(act_of_all, "acting", *of_replay, in_numpy=True, check=agents.check)
-    return acting, Differentiate(agents, gradients_of_all, *of_replay)
+    of_replay = (Reads(args, losses), together.state, say, device.type != "cpu" or args.compile or not args.record)
+    acting = Replay(act_of_all, "acting", *of_replay, in_numpy=True, check=together.check)
+    return acting, Differentiate(together, gradients_of_all, *of_replay)
 
 
 @torch.no_grad()
-def acted_apart(agents, obs, noise, actions):
+def acted_apart(together, obs, noise, actions):
     """Seeds whose actions in a rollout are not those of their policy, by every 16th step, and what that is."""
-    some, num_seeds = slice(None, -1, 16), len(agents.modules)
-    of_each = zip(agents.modules, by_seed(obs[some], num_seeds), by_seed(noise[some], num_seeds), strict=True)
+    some, num_seeds = slice(None, -1, 16), len(together.modules)
+    of_each = zip(together.modules, by_seed(obs[some], num_seeds), by_seed(noise[some], num_seeds), strict=True)
     expected = torch.stack([act(*of_one) for of_one in of_each])
     apart = (expected - by_seed(actions[some], num_seeds)).abs().mean((1, 2)).tolist()
     for s in (s for s in range(num_seeds) if apart[s] > 1e-4):
