@@ -494,9 +494,9 @@ def read_thinned(path):
 # All of it
 
 
-def read_runs(names):
+def read_runs(names, more_tags=()):
     """Every run that ``names`` lead to, of each setting those that can be pooled; the rest as ``read_each``."""
-    runs, left_out, notes = read_each(names)
+    runs, left_out, notes = read_each(names, more_tags=more_tags)
     runs, not_pooled = poolable(runs)
     return runs, left_out + not_pooled, notes + _same_probes(runs)
 

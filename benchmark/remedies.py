@@ -18,6 +18,7 @@ from benchmark.figures import log_axis
 from benchmark.logs import print_left_out, read_runs, read_table, writing
 from benchmark.measures import last_of
 from benchmark.table import improvement_interval, interval, probability_of_improvement, resampled, table_of_runs
+from common.alarms import ALARMS
 from common.arguments import check_folder, check_range, fail, make_folder
 from common.run import parse_args
 
@@ -77,26 +78,29 @@ def mean_and_interval(values, logarithmic, rng, resamples):
 
 
 def table_of_seeds(runs):
-    """A row for each run, with all of MEASURES."""
+    """A row for each run, with all of MEASURES, and the steps at which its alarms rang, where its log has them."""
     table = table_of_runs(runs)
     variance = {run.name: last_of(run.get("representation/after/policy_variance"), run).mean() for run in runs}
     table["policy_variance"] = table["run"].map(variance)
     for name in NEVER:
         table[f"{name}_in"] = table[name].notna()
         table[name] = table[name].fillna(table["last_step"])
+    for name in ALARMS:
+        rang = {run.name: run.get(f"alarm/{name}").loc[lambda x: x > 0].index.min() for run in runs}
+        table[f"rang_{name}"] = table["run"].map(rang)
     return table
 
 
 def with_earlier(seeds, path):
     """``seeds`` and the rows of an earlier ``runs.csv`` whose remedy has no run among them; ends the program where that
     file is another, or of another setting."""
-    earlier = read_table("--earlier", path, seeds)
+    earlier = read_table("--earlier", path, [name for name in seeds if not name.startswith("rang_")])
     for name in ("source", "env_id", "activation", "schedule", "epochs"):
         other = set(earlier[name]) - set(seeds[name])
         if other:
             fail(f"--earlier {path}: must be of the setting of --runs, and has {name} {other.pop()}")
     earlier = earlier[~earlier["intervention"].isin(seeds["intervention"])]
-    return pd.concat([seeds, earlier[list(seeds)]], ignore_index=True) if len(earlier) else seeds
+    return pd.concat([seeds, earlier.reindex(columns=seeds.columns)], ignore_index=True) if len(earlier) else seeds
 
 
 def table_of_remedies(seeds, seed, resamples):
@@ -209,7 +213,7 @@ def main(args):
     check_range(args, "resamples", low=100, high=1_000_000)
     check_range(args, "seed", low=0, high=2**31 - 1)
     check_folder(args.output)
-    runs, left_out, notes = read_runs(args.runs)
+    runs, left_out, notes = read_runs(args.runs, [f"alarm/{name}" for name in ALARMS])
     if not args.unfinished:
         left_out += [(run.name, "not finished, see --unfinished") for run in runs if not run.finished]
         runs = [run for run in runs if run.finished]

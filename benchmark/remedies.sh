@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Which remedies stop PPO's collapse on Hopper? All recipes on ppo_mujoco.py, PPO and PFO, and the two variants of the
 # paper's code without clipping, 20 epochs, ReLU, 2 M steps, 5 seeds each; then plasticity losses, table and figure.
-# Five seeds of one setting take about half an hour of one core. Given again, it does what is missing.
+# Five seeds of one setting take about an hour of one core. Given again, it does what is missing.
 # What stands behind is passed on to the runner: --dry-run, --num-cpus 2, --address auto, …
 # Settings that benchmark/results/remedies/runs.csv has five runs of are not run again: remove it to begin anew.
 set -euo pipefail

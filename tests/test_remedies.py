@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from test_figures import ROOT, curves_of, write_run
+from test_figures import ROOT, STEPS, curves_of, write_run
 
 from benchmark import recipe, remedies
 
@@ -76,7 +76,10 @@ def test_the_command(tmp_path):
     (tmp_path / "runs").mkdir()
     for seed in range(3):
         for script, collapsed in (("ppo_mujoco", True), ("spo_mujoco", False)):
-            write_run(tmp_path / "runs", curves_of(seed, collapsed), seed=seed, script=f"{script}.py")
+            curves = curves_of(seed, collapsed)
+            if collapsed:
+                curves["alarm/norm"] = {step: float(step >= STEPS[40 + seed]) for step in STEPS}
+            write_run(tmp_path / "runs", curves, seed=seed, script=f"{script}.py")
     flags = ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out"), "--resamples", "200"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmark.remedies", *flags], cwd=ROOT, capture_output=True, text=True
@@ -86,6 +89,9 @@ def test_the_command(tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     table = pd.read_csv(tmp_path / "out" / "remedies.csv")
     assert list(table["remedy"]) == ["spo_mujoco", "none"] and list(table["runs"]) == [3, 3]
+    runs = pd.read_csv(tmp_path / "out" / "runs.csv").set_index(["intervention", "seed"]).sort_index()
+    assert list(runs.loc["none", "rang_norm"]) == list(STEPS[40:43])
+    assert runs.loc["spo_mujoco", "rang_norm"].isna().all() and runs["rang_ratios"].isna().all()
 
 
 def test_remedies_of_an_earlier_call_are_kept(tmp_path, capsys):
