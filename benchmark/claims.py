@@ -25,7 +25,7 @@ from benchmark.logs import (
     settings_table,
     writing,
 )
-from benchmark.measures import collapse, excess_ratio, final_values, last_of, settled
+from benchmark.measures import collapse, excess_ratio, final_values, last_of, settled, settled_return
 from benchmark.survival import logrank, times_of
 from benchmark.table import interval, probability_of_improvement, resampled
 from common.arguments import check_folder, check_range, fail, make_folder
@@ -70,7 +70,7 @@ def values_of(run):
 
     Of TIMES the value is a Time, since a run that never saw the event has none.
     """
-    score, times = settled(run.carried_return().dropna(), run), times_of(run)
+    (score, _), times = settled_return(run), times_of(run)
     rank = settled(run.get(DIAGNOSED), run)
     tags = {
         "pca_rank": DIAGNOSED,

@@ -23,7 +23,7 @@ import benchmark.claims
 import benchmark.remedies
 from benchmark.alarms import NORM, VARIANCE, tags_of
 from benchmark.logs import DIAGNOSED, PLASTICITY, RETURN, describe, paper_coef, print_left_out, read_each
-from benchmark.measures import collapse, settled
+from benchmark.measures import collapse, settled, settled_return
 from benchmark.report import write_report
 from common.alarms import ALARMS, CATEGORICAL, COLLAPSED, DISCRETE_ENTROPY, Watch
 from common.arguments import check_output, fail, flag
@@ -170,10 +170,11 @@ def watch(run):
 
 def facts(run):
     """The largest return, the falls for good (`benchmark.measures.collapse`), as events by name."""
-    found, score = {}, settled(run.carried_return().dropna(), run)
+    found, (score, _) = {}, settled_return(run)
+    smoothed = "running mean" if run.suite == "Atari" else "running median"
     if len(score):
         peak = int(score.idxmax())
-        found["largest return"] = Event(peak, "largest return", RETURN, score.iloc[0], score.max(), "running median")
+        found["largest return"] = Event(peak, "largest return", RETURN, score.iloc[0], score.max(), smoothed)
     steps = collapse(run)
     for name, tag, words in (
         ("return_halved", RETURN, "for good below half of its largest"),
@@ -195,7 +196,7 @@ def judge(run, watcher, rings, found):
         discrete = name == "entropy" and (run.suite == "Atari" or len(run.get(CATEGORICAL)))
         return name in rings and watcher.signals[name].worse >= (DISCRETE_ENTROPY if discrete else watcher.limits[name])
 
-    lost, score = found.get("return_halved"), settled(run.carried_return().dropna(), run)
+    lost, (score, _) = found.get("return_halved"), settled_return(run)
     best, last = (score.max(), score.iloc[-1]) if len(score) else (math.nan, math.nan)
     words = f"its return is {last:.4g}, of a largest {best:.4g}"
     rank = settled(run.get(DIAGNOSED).dropna(), run)

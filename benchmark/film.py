@@ -17,7 +17,7 @@ from pathlib import Path
 import tyro
 
 from benchmark.logs import read_run
-from benchmark.measures import collapse, settled
+from benchmark.measures import collapse, settled_return
 from common.arguments import check_range, fail, one_line, pick_device
 from common.checkpoint import BadCheckpoint
 from common.evaluation import can_render, play
@@ -45,7 +45,7 @@ class Refused(Exception):
 
 def of_collapse(run, steps):
     """Those of the checkpoints at ``steps``, ascending, that show the collapse of a Run: ``{step: what it shows}``."""
-    score = settled(run.carried_return().dropna(), run)
+    score, _ = settled_return(run)
     if score.empty:
         raise Refused("no episode has ended yet, so that there is no best policy; name --checkpoints")
     fell = collapse(run)["return_halved"]

@@ -90,7 +90,8 @@ class Run:
     """One run: its setting, and the scalars of TAGS as series over environment steps.
 
     All but plasticity lies on the grid of the iterations with diagnostics. The return has values only where a rollout
-    ended an episode since the grid's previous point: `carried_return` repeats them.
+    ended an episode since the grid's previous point: that of the latest such rollout, on Atari the mean of all.
+    `carried_return` repeats them.
     """
 
     name: str
@@ -130,7 +131,7 @@ class Run:
         return self.scalars.get(tag, pd.Series(dtype=float, index=pd.Index([], dtype=np.int64)))
 
     def carried_return(self):
-        """Mean return of the latest rollout in which an episode ended, at every step of the grid; NaN before one."""
+        """The latest return, at every step of the grid; NaN before one."""
         return self.get(RETURN).reindex(self.grid, method="ffill")
 
     @property
@@ -315,10 +316,16 @@ def read_run(folder, more_tags=(), whole=False):
 
 
 def _put_on_grid(run, is_new):
-    """Keep what was logged at the iterations with diagnostics; ``is_new(values, their steps)`` marks fresh returns."""
+    """Keep what was logged at the iterations with diagnostics; ``is_new(values, their steps)`` marks fresh returns.
+
+    On Atari, where a rollout ends about one game, a run of ours has the mean of all rollouts since the last point.
+    """
     grid = run.grid
     for tag, series in run.scalars.items():
-        if tag == RETURN:
+        if tag == RETURN and run.suite == "Atari" and run.source == "runs":
+            series = series[series.index <= grid[-1]].dropna()
+            run.scalars[tag] = series.groupby(grid[grid.searchsorted(series.index)]).mean()
+        elif tag == RETURN:
             carried = series.reindex(grid, method="ffill")
             steps = series.index.to_series().reindex(grid, method="ffill")
             run.scalars[tag] = carried[is_new(carried, steps) & carried.notna()]

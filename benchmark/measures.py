@@ -12,10 +12,12 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from benchmark.human import scores_of
 from benchmark.logs import DIAGNOSED, PLASTICITY, RANKS, RETURN
 
 ALPHA = 0.05  # of the figures' exponential moving average, per logged iteration
 WINDOW = {"Atari": 1_000_000, "MuJoCo": 50_000}  # environment steps of a window of figure 4
+RETURN_WINDOW = 400_000  # frames of Atari over which a return is averaged at the least
 RANK_SCALE = 512  # by which figure 7 divides a distance, whatever the network's width
 
 # Figure 6, after the update, but for plasticity. Excess ratio and return have rules of their own.
@@ -211,6 +213,33 @@ def settled(series, run):
     return series.rolling(width, center=True, min_periods=1).median()
 
 
+def settled_return(run):
+    """The return with its noise taken off, and the standard error of what is left: series over the steps that have one.
+
+    On MuJoCo that is `settled`, taken to be exact. On Atari the games of one policy differ by about as much as they
+    return on average, and 2 % of a run may hold a dozen: there it is the centred mean over 2 % of the run, and over
+    400 000 frames (75 games of Phoenix) at the least.
+    """
+    if run.suite != "Atari":
+        score = settled(run.carried_return().dropna(), run)
+        return score, 0 * score
+    points = run.get(RETURN).dropna()
+    half = width_of_returns(run) / 2
+    begins = points.index.searchsorted(points.index - half)
+    ends = points.index.searchsorted(points.index + half, side="right")
+    count, values = ends - begins, points.to_numpy() - points.mean()
+    sums, squares = (np.concatenate(([0.0], x.cumsum())) for x in (values, values**2))
+    mean = (sums[ends] - sums[begins]) / count
+    variance = ((squares[ends] - squares[begins]) - count * mean**2).clip(min=0) / np.maximum(count - 1, 1)
+    error = np.where(count > 1, np.sqrt(variance / count), math.inf)  # of a single point nothing is known
+    return pd.Series(mean + points.mean(), points.index), pd.Series(error, points.index)
+
+
+def width_of_returns(run):
+    """The environment steps over which `settled_return` looks."""
+    return max(0.02 * run.total_steps, RETURN_WINDOW if run.suite == "Atari" else 0)
+
+
 def excess_ratio(run):
     """Mean ratio above 1 + ε over mean ratio below 1 − ε, at the iterations with both; on MuJoCo bounded (figure 6)."""
     above, below = run.get("trust_region/ratio_above_mean"), run.get("trust_region/ratio_below_mean")
@@ -242,18 +271,27 @@ def collapse(run):
 
     The return is low when it is below half of its running maximum (of a maximum below 0: lower than it by half of its
     size); the rank of the policy's features after the update when it is below a tenth of its running maximum. Both are
-    taken of running medians, `settled`, and have to last for the 2 % of the run over which these are: of its last
-    steps, they see one side alone. The moving average of the figures would not do: it takes 45 logged iterations to
-    follow a sudden fall to a tenth and 14 to a half, and so puts the return first.
+    taken of what `settled_return` and `settled` leave, and have to last for as long as these look: of the last steps,
+    they see one side alone. On Atari it is half of what the maximum has above random play (`benchmark.human`), and all
+    that is played from then on must return less than the maximum by three standard errors, since games are few and
+    differ. The moving average of the figures would not do: it takes 45 logged iterations to follow a sudden fall to a
+    tenth and 14 to a half, and so puts the return first.
 
     Returns a dict of steps: return_halved, rank_tenth and rank_halved, the conditions each on its own; and collapsed,
     when return and rank are both low.
     """
-    score = settled(run.carried_return().dropna(), run)
+    score, error = settled_return(run)
     rank = settled(run.get(DIAGNOSED).dropna(), run)
     best, highest = score.cummax(), rank.cummax()
-    low_return, low_rank = score < best - best.abs() / 2, rank < highest / 10
+    random, _ = scores_of(run.env_id) or (0.0, 0.0)
+    low_return, low_rank = score < best - (best - random).abs() / 2, rank < highest / 10
+    since = for_good(low_return, width_of_returns(run))
+    if run.suite == "Atari" and since is not None:
+        at_best, left = score[:since].idxmax(), run.get(RETURN).loc[since:]
+        low_return &= best[since] - left.mean() > 3 * np.hypot(error[at_best], left.sem())
     both = low_return & low_rank.reindex(low_return.index, method="ffill", fill_value=False)
     conditions = {"collapsed": both, "return_halved": low_return, "rank_tenth": low_rank}
     conditions["rank_halved"] = rank < highest / 2
-    return {name: for_good(condition, 0.02 * run.total_steps) for name, condition in conditions.items()}
+    least = dict.fromkeys(conditions, 0.02 * run.total_steps)
+    least["collapsed"] = least["return_halved"] = width_of_returns(run)
+    return {name: for_good(condition, least[name]) for name, condition in conditions.items()}

@@ -40,7 +40,7 @@ from benchmark.logs import (
     settings_table,
     writing,
 )
-from benchmark.measures import final_return, settled, spacing
+from benchmark.measures import final_return, settled, settled_return, spacing
 from benchmark.remedies import holm
 from benchmark.survival import EVENTS, Time, kaplan_meier, logrank, median_time, restricted_mean, times_of
 from benchmark.table import improvement_interval, probability_of_improvement
@@ -151,9 +151,9 @@ def draw_survival(runs, times):
 def after_break(run, tag, step, width):
     """A run's series at multiples of ``width`` environment steps after ``step``, its last value at each.
 
-    Of running medians over 2 % of the run, as events are, so that falls stay where they were.
+    Of what noise leaves, as events are, so that falls stay where they were.
     """
-    series = settled(curve_of(run, tag).dropna(), run)
+    series = settled_return(run)[0] if tag == RETURN else settled(curve_of(run, tag).dropna(), run)
     if series.empty:
         return series
     series.index = series.index - step

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import stats
 
 from benchmark.logs import RETURN, SETTING, order_of, print_left_out, read_runs, read_table, settings_table, writing
-from benchmark.measures import FINAL_MEASURES, collapse, final_values, rank_when_broken, ratio_broken, settled
+from benchmark.measures import FINAL_MEASURES, collapse, final_values, rank_when_broken, ratio_broken, settled_return
 from common.arguments import check_folder, check_range, fail, make_folder
 from common.run import parse_args
 
@@ -63,7 +63,7 @@ def table_of_runs(runs):
         first = None
         if steps["collapsed"] is not None:
             first = "rank" if rank < score else "return" if score < rank else "together"
-        best = {"max_return": settled(run.carried_return().dropna(), run).max()}
+        best = {"max_return": settled_return(run)[0].max()}
         last = {"rank_when_broken": rank_when_broken(run), "first": first, "hours": run.hours}
         rows.append({**head, **final_values(run), **best, **steps, **last})
     table = pd.DataFrame(rows)

@@ -30,6 +30,7 @@ from benchmark.logs import (
     RETURN,
     TAGS,
     Run,
+    _put_on_grid,
     poolable,
     read_events,
     read_paper_runs,
@@ -490,6 +491,52 @@ def test_a_single_good_game_does_not_end_a_collapse():
         RETURN: {step: 10.0 if step >= 50_000 and step != 80_000 else 1000.0 for step in steps},
     }
     assert measures.collapse(make_run(scalars, total_steps=100_000))["collapsed"] == 50_000
+
+
+def games(level, rng, total_steps=4_000_000):
+    """The returns of a Phoenix run of 8 environments, a mean for each 4 rollouts in which a game ended.
+
+    Games take about 1 800 agent steps, and return 900 on average, with a deviation of 740, times ``level(share done)``.
+    """
+    steps = np.arange(12_288, total_steps, 12_288)
+    ends = np.cumsum(rng.normal(1800, 600, (8, 1000)).clip(300), axis=1) * 8 * 3 - rng.uniform(0, 40_000, (8, 1))
+    ends = ends[(ends > 0) & (ends < steps[-1])]
+    returns = rng.gamma(1.48, 608, ends.size) * [level(x) for x in ends / total_steps]
+    return pd.Series(returns).groupby(steps[np.searchsorted(steps, ends)]).mean()
+
+
+@pytest.mark.parametrize(
+    ("level", "least", "most"),
+    [
+        (lambda share: 1, 0, 10),
+        (lambda share: min(1 + 2 * share, 2), 0, 1),
+        (lambda share: 1.5 if share < 0.5 else 1, 75, 100),
+        (lambda share: 2 if share < 0.5 else 1, 97, 100),
+    ],
+    ids=["never learns", "doubles and keeps it", "half more and loses it", "doubles and loses it"],
+)
+def test_whether_a_return_fell_on_atari(level, least, most):
+    """Of 100 runs as long as a workstation takes in a night, with so few games that 2 % of one say nothing."""
+    rng, fell = np.random.default_rng(0), []
+    for _ in range(100):
+        returns = games(level, rng)
+        rank = dict.fromkeys(returns.index, 100.0)
+        run = make_run({RETURN: returns, DIAGNOSED: rank}, 4_000_000, "Atari", env_id="Phoenix-v5")
+        fell.append(measures.collapse(run)["return_halved"])
+    fell = [step for step in fell if step is not None]
+    print(len(fell))
+    assert least <= len(fell) <= most
+    if least:
+        assert abs(np.median(fell) - 2_000_000) < 100_000
+
+
+def test_atari_returns_are_of_all_rollouts_since_the_last_point(tmp_path):
+    curves = {DIAGNOSED: {30: 1.0, 60: 2.0}, RETURN: {10: 1.0, 20: 3.0, 30: 5.0, 40: 7.0, 70: 9.0}}
+    atari, mujoco = (make_run(curves, 70, suite) for suite in ("Atari", "MuJoCo"))
+    for run in (atari, mujoco):
+        _put_on_grid(run, lambda carried, steps: steps != steps.shift())
+    assert atari.get(RETURN).to_dict() == {30: 3.0, 60: 7.0}
+    assert mujoco.get(RETURN).to_dict() == {30: 5.0, 60: 7.0}
 
 
 # Statistics
