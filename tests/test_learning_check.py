@@ -1,5 +1,6 @@
 """The two implementations that are compared play the same games, and what is reported of them is what they scored."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from scipy import stats
 from test_benchmark import program
 
 import ppo_atari
@@ -136,11 +138,11 @@ def test_both_implementations_have_the_same_advantages_and_gradients():
 
 
 def write_runs(folder, seeds=(1, 2, 3)):
-    """CSVs of made-up runs: random actions score 2, ppo_atari.py 12 and Stable-Baselines3 10 in the last games."""
+    """CSVs of made-up runs: random actions score 2, ppo_atari.py 10 + seed, Stable-Baselines3 8 + seed in the end."""
     args = learning_check.Args(output=folder)
-    for name, score in (("random", 2), ("ppo_atari.py", 12), ("Stable-Baselines3", 10)):
-        games = [(800 * i, 0.0 if name != "random" and i < 50 else score) for i in range(150)]
+    for name, score in (("random", 2), ("ppo_atari.py", 10), ("Stable-Baselines3", 8)):
         for seed in (0,) if name == "random" else seeds:
+            games = [(800 * i, 0.0 if name != "random" and i < 50 else score + seed) for i in range(150)]
             path = learning_check.path_of(args, name, seed)
             learning_check.write_games(path, games, learning_check.settings_of(args, name))
 
@@ -150,25 +152,31 @@ def test_report_of_what_is_there(tmp_path):
     learning_check.path_of(learning_check.Args(output=tmp_path), "Stable-Baselines3", 3).unlink()
     out = program("learning_check", "--report", "--output", tmp_path)
     assert out.startswith("# Breakout-v5, 4000000 frames, 5 of 6 runs\n")
-    assert "| ppo_atari.py | 3 | 150 | 6.00 | 12.00 | 12.00 to 12.00 | 12 |" in out
-    assert "- Stable-Baselines3: 10.00, 95 % interval 10.00 to 10.00 over runs and games" in out
-    assert "- ratio of the scores above random actions: 1.25, 95 % interval 1.25 to 1.25\n" in out
+    assert "| ppo_atari.py | 2 | 150 | 6.00 | 12.00 | 12.00 to 12.00 | 12 | – |" in out
+    half = 12.706 * 0.5  # Student's t of one degree of freedom, times the standard error of 9 and 10
+    assert f"- Stable-Baselines3: 9.50, 95 % interval {9.5 - half:.2f} to {9.5 + half:.2f} over runs" in out
+    assert "- ratio of the scores above random actions: 1.33, 95 % interval " in out
     assert (tmp_path / "Breakout-v5.md").read_text(encoding="utf-8") == out
     assert (tmp_path / "Breakout-v5.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_ratio_and_its_interval():
-    """The ratio of two normal samples far above 0 against the spread that error propagation gives."""
-    rng = np.random.default_rng(0)
-    ours, theirs, random = rng.normal(30, 5, 400), rng.normal(20, 5, 400), rng.normal(0, 5, 400)
-    resampled = [learning_check.bootstrap_means(x, rng, learning_check.RESAMPLES) for x in (ours, theirs)]
-    line = learning_check.ratio_line((ours.mean(), theirs.mean()), resampled, random, rng)
+    """Geometric means, and Welch's interval from its textbook formula."""
+    ours, theirs, random = np.array([31.0, 26.0, 40.0]), np.array([22.0, 19.0, 30.0]), 1.0
+    line = learning_check.ratio_line(ours, theirs, random)
     ratio, low, high = (float(x) for x in line.replace(",", "").split() if x[0].isdigit() and "." in x)
-    top, bottom = ours.mean() - random.mean(), theirs.mean() - random.mean()
-    error = 5 / 20 * np.sqrt(1 / top**2 + 1 / bottom**2 + (1 / top - 1 / bottom) ** 2) * top / bottom
-    assert ratio == pytest.approx(top / bottom, abs=0.006)
-    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.15)
-    assert "none" in learning_check.ratio_line((0.0, 0.1), [x - x.mean() for x in resampled], random, rng)
+    x, y = np.log(ours - random), np.log(theirs - random)
+    errors = x.var(ddof=1) / 3, y.var(ddof=1) / 3
+    freedom = sum(errors) ** 2 / sum(error**2 / 2 for error in errors)
+    half = stats.t.ppf(0.975, freedom) * math.sqrt(sum(errors))
+    expected = np.exp(x.mean() - y.mean() + np.array([0, -half, half]))
+    assert (ratio, low, high) == pytest.approx(expected, abs=0.005)
+    assert "without an interval" in learning_check.ratio_line(ours[:1], theirs, random)
+    for a, b, name in (
+        (ours, np.array([0.5, 9.0]), "Stable-Baselines3"),
+        (np.array([1.0, 9.0]), theirs, "ppo_atari.py"),
+    ):
+        assert f"none, since {name} has a run" in learning_check.ratio_line(a, b, random)
 
 
 @pytest.mark.parametrize(
