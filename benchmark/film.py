@@ -48,12 +48,14 @@ def of_collapse(run, steps):
     score, _ = settled_return(run)
     if score.empty:
         raise Refused("no episode has ended yet, so that there is no best policy; name --checkpoints")
-    fell = collapse(run)["return_halved"]
+    falls = collapse(run)
+    lost = "return" if falls["return_halved"] is not None else "rank"
+    fell = falls[f"{lost}_halved"]
     best = int(score[:fell].idxmax())
     shown = {min(steps, key=lambda step: abs(step - best)): "at the largest return"}
     after = [step for step in steps if fell is not None and step >= fell]
     if after:
-        shown.setdefault(after[0], "when the return had fallen for good")
+        shown.setdefault(after[0], f"when the {lost} had fallen for good")
     shown.setdefault(steps[-1], "at the end")
     return shown
 

@@ -27,6 +27,16 @@ def test_effects():
     assert middle == 3 and np.isnan([low, high]).all()
 
 
+@pytest.mark.parametrize(("runs", "held"), [(2, 0.67), (3, 0.81), (5, 0.87)])
+def test_how_often_an_interval_holds_the_truth(runs, held):
+    """As often as benchmark/results/README.md says, which is less than 95 %."""
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(1000):
+        _, low, high = effect(rng.normal(size=runs), rng.normal(size=runs), "difference", False, rng, 500)
+        inside += low <= 0 <= high
+    assert inside / 1000 == pytest.approx(held, abs=0.02)
+
+
 def test_a_run_at_its_two_ends():
     curves = curves_of(1, collapsed=True)
     norm = "representation/after/actor/preactivation_norm"

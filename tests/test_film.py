@@ -17,10 +17,10 @@ SNAPSHOTS = list(range(500, 10_001, 500))
 TINY = "--num-envs 2 --num-steps 8 --minibatch-size 16 --update-epochs 1 --total-timesteps 960 --frame-skip 30 "
 
 
-def run_of(score):
+def run_of(score, rank=lambda step: 10.0):
     """A Run of 200 iterations, of 50 steps each, with the return ``score(step)``."""
     steps = range(50, 10_001, 50)
-    return make_run({RETURN: {x: score(x) for x in steps}, DIAGNOSED: dict.fromkeys(steps, 10.0)})
+    return make_run({RETURN: {x: score(x) for x in steps}, DIAGNOSED: {x: rank(x) for x in steps}})
 
 
 def film(*flags):
@@ -33,6 +33,12 @@ def test_checkpoints_before_at_and_after_the_fall_of_the_return():
     shown = of_collapse(run, SNAPSHOTS)
     assert list(shown) == [3_000, 6_500, 10_000]
     assert [what.split()[0] for what in shown.values()] == ["at", "when", "at"]
+
+
+def test_a_fall_of_the_rank_where_the_return_has_none():
+    run = run_of(lambda step: 50.0 - step / 1_000, lambda step: 40.0 if step <= 6_200 else 3.0)
+    shown = of_collapse(run, SNAPSHOTS)
+    assert list(shown) == [500, 6_500, 10_000] and shown[6_500] == "when the rank had fallen for good"
 
 
 def test_a_return_that_is_largest_again_after_a_fall_is_not_before_it():
