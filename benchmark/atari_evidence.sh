@@ -2,12 +2,12 @@
 # The runs behind benchmark/results/atari/: Phoenix in the paper's setting, without and with PFO (last layer, coefficient
 # 1), at so many epochs that the collapse comes within reach of a workstation, then the paper's own 8; plasticity losses,
 # films, figures and tables after either.
-# EPOCHS=12 FRAMES=12000000 bash benchmark/atari_evidence.sh changes the first of them. Given again, it does what is
+# EPOCHS=16 FRAMES=8000000 bash benchmark/atari_evidence.sh changes the first of them. Given again, it does what is
 # missing. What stands behind is passed on to the runner: --dry-run, --num-cpus 2, --gpus-per-run 0.25, …
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-epochs=${EPOCHS:-16} frames=${FRAMES:-8000000} dry=""
+epochs=${EPOCHS:-12} frames=${FRAMES:-12000000} dry=""
 for argument in "$@"; do
     if [ "$argument" = --dry-run ]; then dry=yes; fi # there are no runs yet, for what comes after them
 done
