@@ -70,7 +70,8 @@ def values_of(run):
 
     Of TIMES the value is a Time, since a run that never saw the event has none.
     """
-    (score, _), times = settled_return(run), times_of(run)
+    score, _ = settled_return(run)
+    times = times_of(run)
     rank = settled(run.get(DIAGNOSED), run)
     tags = {
         "pca_rank": DIAGNOSED,

@@ -170,10 +170,11 @@ def watch(run):
 
 def facts(run):
     """The largest return, the falls for good (`benchmark.measures.collapse`), as events by name."""
-    found, (score, _) = {}, settled_return(run)
-    smoothed = "running mean" if run.suite == "Atari" else "running median"
+    found = {}
+    score, _ = settled_return(run)
     if len(score):
         peak = int(score.idxmax())
+        smoothed = "running mean" if run.suite == "Atari" else "running median"
         found["largest return"] = Event(peak, "largest return", RETURN, score.iloc[0], score.max(), smoothed)
     steps = collapse(run)
     for name, tag, words in (
@@ -196,7 +197,8 @@ def judge(run, watcher, rings, found):
         discrete = name == "entropy" and (run.suite == "Atari" or len(run.get(CATEGORICAL)))
         return name in rings and watcher.signals[name].worse >= (DISCRETE_ENTROPY if discrete else watcher.limits[name])
 
-    lost, (score, _) = found.get("return_halved"), settled_return(run)
+    lost = found.get("return_halved")
+    score, _ = settled_return(run)
     best, last = (score.max(), score.iloc[-1]) if len(score) else (math.nan, math.nan)
     words = f"its return is {last:.4g}, of a largest {best:.4g}"
     rank = settled(run.get(DIAGNOSED).dropna(), run)

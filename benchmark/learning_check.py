@@ -338,9 +338,11 @@ def report(args):
     lines.append("")
     means = {name: np.array([returns[-LAST:].mean() for _, returns in of.values()]) for name, of in runs.items() if of}
     for name, of_runs in means.items():
-        low, high = stats.ttest_1samp(of_runs, 0).confidence_interval() if len(of_runs) > 1 else (math.nan, math.nan)
-        over = f", 95 % interval {low:.2f} to {high:.2f} over runs" if len(of_runs) > 1 else ", one run"
-        lines.append(f"- {name}: {of_runs.mean():.2f}{over}")
+        line = f"- {name}: {of_runs.mean():.2f}"
+        if len(of_runs) > 1:
+            low, high = stats.ttest_1samp(of_runs, 0).confidence_interval()
+            line += f", 95 % interval {low:.2f} to {high:.2f} over runs"
+        lines.append(line if len(of_runs) > 1 else f"{line}, one run")
     if len(means) == 2:
         lines.append(f"- {ratio_line(*means.values(), random.mean())}")
     text = "\n".join(lines) + "\n"
