@@ -232,6 +232,7 @@ def train_stable_baselines3(args, seed, folder):
         print(f"{saved}: goes on at {SKIP * model.num_timesteps:,} frames", flush=True)
     else:
         model = make_their_model(envs, seed, rollouts)
+    model.policy.to(memory_format=torch.channels_last)  # faster; it changes the rounding alone
     # The environments get consecutive seeds; those of two runs must have none in common.
     envs.seed(1_000_003 * seed + model.num_timesteps)
     callback = Games(games)
