@@ -9,7 +9,7 @@ Exit codes: 0, 1 if there is no finished run in which an episode ended, 2 for a 
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from benchmark.logs import (
     DIAGNOSED,
     PLASTICITY,
     RETURN,
+    as_they_stood,
     order_of,
     print_left_out,
     read_runs,
@@ -55,14 +56,6 @@ MEASURES = {
 TIMES = {"halved_step": "return_halved", "broken_step": "ratio_broken"}  # of MEASURES, to which of survival.EVENTS
 WITHIN = ("pca_rank", "critic_rank", "preactivation_norm", "dead_units", "excess_ratio", "policy_variance")
 WITHIN += ("plasticity_loss", "critic_plasticity_loss")
-
-
-def until(run, steps):
-    """The run as it stood at an environment step, as if it had ended there."""
-    scalars = {tag: series[series.index <= steps] for tag, series in run.scalars.items()}
-    width = np.diff(run.grid[:2])  # its last diagnosis may lie just before
-    whole = len(width) and run.last_step + width[0] >= steps
-    return replace(run, total_steps=int(scalars[DIAGNOSED].index[-1]) if whole else steps, scalars=scalars)
 
 
 def values_of(run):
@@ -248,11 +241,7 @@ if __name__ == "__main__":
     check_range(args, "steps", low=0)
     check_folder(args.output)
     runs, left_out, notes = read_runs(args.runs)
-    if args.steps:
-        first = max((int(run.grid[0]) for run in runs), default=0)
-        if args.steps < first:
-            fail(f"--steps {args.steps}: must be at least {first}, where each run has been diagnosed once")
-        runs = [until(run, args.steps) for run in runs]
+    runs = as_they_stood(runs, args.steps)
     left_out += [(run.name, "in progress: the claims are of the end of training") for run in runs if not run.finished]
     finished = [run for run in runs if run.finished]
     left_out += [(run.name, "no episode has ended in it") for run in finished if run.get(RETURN).empty]

@@ -14,7 +14,7 @@ import math
 import os
 import struct
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -506,6 +506,25 @@ def read_runs(names, more_tags=()):
     runs, left_out, notes = read_each(names, more_tags=more_tags)
     runs, not_pooled = poolable(runs)
     return runs, left_out + not_pooled, notes + _same_probes(runs)
+
+
+def until(run, steps):
+    """The run as it stood at an environment step, as if it had ended there."""
+    scalars = {tag: series[series.index <= steps] for tag, series in run.scalars.items()}
+    width = np.diff(run.grid[:2])  # its last diagnosis may lie just before
+    whole = len(width) and run.last_step + width[0] >= steps
+    return replace(run, total_steps=int(scalars[DIAGNOSED].index[-1]) if whole else steps, scalars=scalars)
+
+
+def as_they_stood(runs, steps):
+    """The runs at the environment step that ``--steps`` names, 0 for their ends; ends the program where it is too early
+    for one of them."""
+    if not steps:
+        return runs
+    first = max((int(run.grid[0]) for run in runs), default=0)
+    if steps < first:
+        fail(f"--steps {steps}: must be at least {first}, where each run has been diagnosed once")
+    return [until(run, steps) for run in runs]
 
 
 def read_each(names, flag="--runs", more_tags=(), whole=False):

@@ -29,7 +29,7 @@ from rich.live import Live
 from rich.table import Table
 
 from benchmark.attempt import GRACE, REFUSED, ROOT, Unit, defaults_of, flags_of, next_command, states_of, tail
-from common.arguments import check_range, fail, usable_cores
+from common.arguments import check_range, fail, say, usable_cores
 from common.run import MAY_DIFFER, parse_args
 
 # A script's line on its progress: steps, unit, and the return among what it shows
@@ -373,9 +373,7 @@ def main():
     processes = f" in {len(missing)} processes" if args.batch_seeds else ""
     counts = f"{total} runs: {finished} finished, {total - finished} to run{processes}"
     if args.dry_run:
-        for command in missing.values():
-            print(shlex.join(command))
-        print(f"# {counts}")
+        say("\n".join([*map(shlex.join, missing.values()), f"# {counts}"]))
         return
     print(counts, flush=True)
     try:

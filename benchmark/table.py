@@ -14,7 +14,17 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from benchmark.logs import RETURN, SETTING, order_of, print_left_out, read_runs, read_table, settings_table, writing
+from benchmark.logs import (
+    RETURN,
+    SETTING,
+    as_they_stood,
+    order_of,
+    print_left_out,
+    read_runs,
+    read_table,
+    settings_table,
+    writing,
+)
 from benchmark.measures import FINAL_MEASURES, collapse, final_values, rank_when_broken, ratio_broken, settled_return
 from common.arguments import check_folder, check_range, fail, make_folder
 from common.run import parse_args
@@ -216,6 +226,9 @@ class Args:
     """runs.csv of an earlier call, whose rows count for the runs in it: of whole logs, where --runs has thinned ones"""
     output: Path = Path("figures")
     """folder of table.md, table.csv (both a row for each setting) and runs.csv (a row for each run)"""
+    steps: int = 0
+    """take the runs as they stood at this environment step, those included that are in progress beyond it; 0 is the
+    end of each"""
     resamples: int = 10_000
     """bootstrap samples of each interval"""
     seed: int = 0
@@ -226,8 +239,10 @@ if __name__ == "__main__":
     args = parse_args(Args)
     check_range(args, "resamples", low=100, high=1_000_000)
     check_range(args, "seed", low=0, high=2**31 - 1)
+    check_range(args, "steps", low=0)
     check_folder(args.output)
     runs, left_out, notes = read_runs(args.runs)
+    runs = as_they_stood(runs, args.steps)
     left_out += [(run.name, "in progress: the table is of the end of training") for run in runs if not run.finished]
     finished = [run for run in runs if run.finished]
     notes += [f"{run.name}: no episode has ended in it; its return counts nowhere, and it can't have collapsed"

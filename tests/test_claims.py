@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from test_figures import ROOT, curves_of, make_run, write_run
 
-from benchmark.claims import MEASURES, WITHIN, claims, effect, until, values_of
-from benchmark.logs import PLASTICITY, RETURN
+from benchmark.claims import MEASURES, WITHIN, claims, effect, values_of
+from benchmark.logs import PLASTICITY, RETURN, until
 
 
 def test_effects():
@@ -104,10 +104,12 @@ def test_the_command(tmp_path):
     assert "left out, in progress" in done.stdout and "2 runs used" in done.stdout
     assert (tmp_path / "claims.md").read_text() in done.stdout
     assert (tmp_path / "claims.csv").read_text().count("\n") == 1 + len(WITHIN)
-    done = subprocess.run([*command, "--steps", "4000"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "3 runs used" in done.stdout, done.stdout + done.stderr
-    done = subprocess.run([*command, "--steps", "50"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and done.stderr.startswith("error: --steps 50"), done.stdout + done.stderr
+    for flags in (command, [word.replace("claims", "table") for word in command]):
+        done = subprocess.run([*flags, "--steps", "4000"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and "3 runs used" in done.stdout, done.stdout + done.stderr
+        done = subprocess.run([*flags, "--steps", "50"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 2 and done.stderr.startswith("error: --steps 50"), done.stdout + done.stderr
+    assert set(pd.read_csv(tmp_path / "runs.csv")["last_step"]) == {4000}
     done = subprocess.run([*command, "--resamples", "1"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stderr.startswith("error: --resamples 1") and done.stderr.count("\n") == 1
 

@@ -156,6 +156,16 @@ def test_the_studies_are_the_papers_grids(study, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_dry_run_whose_reader_leaves_ends_quietly(tmp_path):
+    command = [sys.executable, "-m", "benchmark.run", "--dry-run", "--folder", str(tmp_path / "none")]
+    command += ["--commands", "python ppo_mujoco.py", "--env-ids", "Hopper-v4"]
+    command += ["--seeds", *map(str, range(1900))]  # more than a pipe holds
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("python ppo_mujoco.py")
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(60) == 0
+
+
 def test_a_name_says_what_is_learnt():
     def name(*flags):
         return experiment_name(*parse_command(f"python ppo_mujoco.py {' '.join(flags)}", []))
