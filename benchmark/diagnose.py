@@ -295,12 +295,13 @@ def _name(path):
 
 
 def read_evidence(folder):
-    """Every comparison with no intervention in the claims.csv and remedies.csv of the folders in ``folder``: a list of
-    (env_id, activation, epochs, Held), none of whose numbers is from anywhere else."""
+    """Every comparison with no intervention, of several runs, in the claims.csv and remedies.csv of the folders in
+    ``folder``: a list of (env_id, activation, epochs, Held), none of whose numbers is from anywhere else."""
     evidence = []
     for path in sorted(folder.glob("*/claims.csv")):
         table = pd.read_csv(path)
         against = table[table["comparison"].str.contains(" against none, ") & (table["source"] == "runs")]
+        against = against[against["low"].notna()]  # of one run each there is no interval, and nothing to go by
         for row in against.to_dict("records"):
             intervention, _, rest = row["comparison"].partition(" against none, ")
             epochs, suite = int(rest.split()[0]), "Atari" if row["env_id"].endswith("-v5") else "MuJoCo"

@@ -142,6 +142,13 @@ def test_evidence_is_read_from_the_committed_tables():
         assert x.flags and x.runs > 0
 
 
+def test_single_runs_are_no_evidence(tmp_path):
+    (tmp_path / "one").mkdir()
+    table = pd.read_csv(MUJOCO / "claims.csv").assign(low=np.nan, high=np.nan)
+    table.to_csv(tmp_path / "one" / "claims.csv", index=False)
+    assert read_evidence(tmp_path) == []
+
+
 def test_evidence_of_remedies_is_read_where_there_is_any(tmp_path):
     runs = [x for x in read_runs([str(MUJOCO)])[0] if x.activation == "Tanh" and x.epochs == 20]
     seeds = remedies.table_of_seeds(runs)
