@@ -240,6 +240,8 @@ if __name__ == "__main__":
     check_range(args, "resamples", low=100, high=1_000_000)
     check_range(args, "seed", low=0, high=2**31 - 1)
     check_range(args, "steps", low=0)
+    if args.steps and args.earlier:
+        fail("--steps: must not go with --earlier, whose rows are of the end of each run")
     check_folder(args.output)
     runs, left_out, notes = read_runs(args.runs)
     runs = as_they_stood(runs, args.steps)

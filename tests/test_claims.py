@@ -110,6 +110,9 @@ def test_the_command(tmp_path):
         done = subprocess.run([*flags, "--steps", "50"], cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 2 and done.stderr.startswith("error: --steps 50"), done.stdout + done.stderr
     assert set(pd.read_csv(tmp_path / "runs.csv")["last_step"]) == {4000}
+    flags += ["--steps", "4000", "--earlier", str(tmp_path / "runs.csv")]
+    done = subprocess.run(flags, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("error: --steps: must not go with --earlier"), done.stderr
     done = subprocess.run([*command, "--resamples", "1"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stderr.startswith("error: --resamples 1") and done.stderr.count("\n") == 1
 
