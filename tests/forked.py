@@ -1,4 +1,4 @@
-"""Training scripts as processes of their own that start at once: forked from one that has imported all they need."""
+"""Programs as processes of their own that start at once: forked from one that has imported what they need."""
 
 import contextlib
 import multiprocessing
@@ -27,7 +27,8 @@ STEPS = {**dict.fromkeys(SCRIPTS[:3], 2 * 8 * 3), "ppo_mujoco": 64, MANY_SEEDS: 
 
 context = multiprocessing.get_context("forkserver")
 # OpenGL comes before envpool, as in ppo_mujoco.py; the first optimizer imports torch._dynamo.
-context.set_forkserver_preload(["ppo_mujoco", "torch._dynamo", "forked", "test_scripts", *SCRIPTS])
+LIBRARIES = ["torch._dynamo", "pandas", "scipy.stats", "matplotlib.pyplot", "matplotlib.backends.backend_pdf"]
+context.set_forkserver_preload(["ppo_mujoco", *LIBRARIES, "forked", "test_scripts", *SCRIPTS])
 
 
 def slow(names, *some):
@@ -55,12 +56,15 @@ def _main(path, folder, flags, code, environment, *logs):
     sys.argv = [path, *flags]
     torch.set_num_threads(1)
     exec(code, {})
-    runpy.run_path(path, run_name="__main__")
+    if path.endswith(".py"):
+        runpy.run_path(path, run_name="__main__")
+    else:
+        runpy.run_module(path, run_name="__main__", alter_sys=True)
 
 
 @contextlib.contextmanager
 def started(name, folder, flags, code="", path=None, logs=("log", "log"), **environment):
-    """The process of a kind of run, or of the script ``path``; its output is in ``folder``/log.
+    """The process of a kind of run, or of the script or module ``path``; its output is in ``folder``/log.
 
     ``code`` runs in it before the script. logs: where its two streams go, if elsewhere.
     """
@@ -91,6 +95,13 @@ def finished(name, folder, flags, code="", path=None, **environment):
             process.join(300)
             assert process.exitcode is not None, "still running"
         return subprocess.CompletedProcess(flags, process.exitcode, *(log.read_bytes().decode() for log in logs))
+
+
+def program(path, *flags, folder=ROOT, code=0, before=""):
+    """The finished process of the script or module ``path``, which must end with the exit code ``code``."""
+    done = finished("", folder, [str(flag) for flag in flags], before, path)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
 
 
 def wait_for(condition, process, seconds=120):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from forked import ROOT, SCRIPTS
+from forked import ROOT, SCRIPTS, slow
 
 from common.arguments import pick_device
 
@@ -126,7 +126,8 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, *OTHERS])
+# The flags of all Atari scripts are among ppo_pfo_atari's.
+@pytest.mark.parametrize("name", slow([*SCRIPTS, *OTHERS], "ppo_atari", "ppo_atari_2models"))
 def test_every_flag_refuses_what_it_must(name, folder, monkeypatch, capsys):
     script, tried, table = importlib.import_module(name), 0, WRONG | OTHERS.get(name, {})
     for flag in flags(name):

@@ -3,10 +3,10 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from test_figures import DIAGNOSED, RETURN, write_run
@@ -20,10 +20,7 @@ CORE = str(min(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") els
 
 
 def program(name, *flags, code=0, folder=ROOT):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", f"benchmark.{name}", *map(str, flags)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stderr
+    done = forked.program(f"benchmark.{name}", *flags, folder=folder, code=code)
     return done.stderr if code else done.stdout
 
 
@@ -81,7 +78,7 @@ def test_throughput_of_many_seeds():
 
 def test_curves(tmp_path):
     flags = [*TINY, "--total-timesteps", "192"]
-    subprocess.run([sys.executable, str(ROOT / "ppo_pfo_atari.py"), *flags], cwd=tmp_path, check=True)
+    forked.program(ROOT / "ppo_pfo_atari.py", *flags, folder=tmp_path)
     (run,) = tmp_path.glob("runs/*")
     program("curves", str(run), "--output", str(tmp_path / "curves.png"))
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

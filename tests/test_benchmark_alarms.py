@@ -1,10 +1,9 @@
 """Areas, labels and rings of made-up runs against plain loops, and the command on committed runs."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -138,9 +137,7 @@ def test_shares_have_wilsons_interval():
 
 def test_the_command_chooses_on_one_half_and_judges_the_other(tmp_path):
     runs = ROOT / "benchmark" / "results" / "mujoco" / "Hopper-v4_ReLU_none.csv.gz"
-    command = [sys.executable, "-m", "benchmark.alarms", "--runs", str(runs), "--output", str(tmp_path / "out")]
-    done = subprocess.run([*command, "--resamples", "100"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = forked.program("benchmark.alarms", "--runs", runs, "--output", tmp_path / "out", "--resamples", "100")
     text = (tmp_path / "out" / "alarms.md").read_text()
     assert done.stdout.rstrip().endswith(text.rstrip()) and (tmp_path / "out" / "roc.png").stat().st_size > 10_000
     areas = pd.read_csv(tmp_path / "out" / "auc.csv")
@@ -158,9 +155,8 @@ def test_the_command_chooses_on_one_half_and_judges_the_other(tmp_path):
 
 def test_too_few_runs_are_refused(tmp_path):
     (tmp_path / "runs").mkdir()
-    command = [sys.executable, "-m", "benchmark.alarms", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: --runs") and done.stderr.count("\n") == 1
+    done = forked.program("benchmark.alarms", "--runs", tmp_path / "runs", "--output", tmp_path, code=2)
+    assert done.stderr.startswith("error: --runs") and done.stderr.count("\n") == 1
 
 
 def test_the_scripts_have_the_limits_that_were_chosen():

@@ -15,7 +15,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from forked import ROOT, SCRIPTS
+from forked import ROOT, SCRIPTS, slow
 from forked import run as run_process
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -369,7 +369,7 @@ def mutated(content, chance):
 
 @pytest.mark.parametrize("part", ["file", "pickle"])
 def test_mutated_files_are_refused_or_harmless(part, content, tmp_path, capsys):
-    """1 500 mutated files, and 1 500 whose pickle alone was mutated, with checksums that are right all the same."""
+    """500 mutated files, and 500 whose pickle alone was mutated, with checksums that are right all the same."""
     chance, path, taken = random.Random(part), tmp_path / "1.pt", 0
     sys.addaudithook(watch)
     watched.update(on=True, seen=[])
@@ -377,7 +377,7 @@ def test_mutated_files_are_refused_or_harmless(part, content, tmp_path, capsys):
     assert watched["seen"]  # it does see
     watched.update(on=False, seen=[])
     pickled = data_pkl(content)
-    for i in range(1500):
+    for i in range(500):
         if part == "file":
             path.write_bytes(mutated(content, chance))
         else:
@@ -390,7 +390,7 @@ def test_mutated_files_are_refused_or_harmless(part, content, tmp_path, capsys):
         printed = capsys.readouterr()
         assert printed.err.count("\n") <= 1 and printed.out == "" and "Traceback" not in printed.err, (i, printed)
         assert watched["seen"] == [], i
-    assert taken < (150 if part == "file" else 500)  # most mutations hit something
+    assert taken < (50 if part == "file" else 170)  # most mutations hit something
 
 
 @settings(max_examples=100, deadline=None)
@@ -455,7 +455,7 @@ def refuse_all(name, path, state, wanted):
     raise SystemExit(0)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", slow(SCRIPTS, "ppo_atari_2models"))
 def test_every_script_refuses_them(name, state, tmp_path):
     """As the only checkpoint of the run that --resume names: files that don't load, and all that do but are wrong."""
     wanted = ["whole"]
@@ -464,7 +464,7 @@ def test_every_script_refuses_them(name, state, tmp_path):
         with contextlib.suppress(BadCheckpoint):
             load_checkpoint(tmp_path / "1.pt")
             wanted.append(what)
-    if name in ("ppo_atari_2models", "ppo_pfo_atari"):  # as ppo_atari, to the letter
+    if name != "ppo_mujoco":  # reading them is of common/
         wanted = ["whole", "a step that is not the iteration's", "returns of text", "another shape"]
     state = state_of(name, state)
     content = saved(state)

@@ -1,9 +1,6 @@
 """The comparisons behind the paper's claims, on runs whose differences are known."""
 
-import os
-import subprocess
-import sys
-
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -98,23 +95,20 @@ def test_the_command(tmp_path):
     for seed in (1, 2):
         write_run(tmp_path / "runs", seed=seed)
     write_run(tmp_path / "runs", curves_of(3, steps=range(100, 5000, 100)), seed=3)
-    command = [sys.executable, "-m", "benchmark.claims", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path)]
-    done = subprocess.run([*command, "--resamples", "100"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    flags = ["--runs", tmp_path / "runs", "--output", tmp_path]
+    done = forked.program("benchmark.claims", *flags, "--resamples", "100")
     assert "left out, in progress" in done.stdout and "2 runs used" in done.stdout
     assert (tmp_path / "claims.md").read_text() in done.stdout
     assert (tmp_path / "claims.csv").read_text().count("\n") == 1 + len(WITHIN)
-    for flags in (command, [word.replace("claims", "table") for word in command]):
-        done = subprocess.run([*flags, "--steps", "4000"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0 and "3 runs used" in done.stdout, done.stdout + done.stderr
-        done = subprocess.run([*flags, "--steps", "50"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 2 and done.stderr.startswith("error: --steps 50"), done.stdout + done.stderr
+    for name in ("benchmark.claims", "benchmark.table"):
+        assert "3 runs used" in forked.program(name, *flags, "--steps", "4000").stdout
+        assert forked.program(name, *flags, "--steps", "50", code=2).stderr.startswith("error: --steps 50")
     assert set(pd.read_csv(tmp_path / "runs.csv")["last_step"]) == {4000}
-    flags += ["--steps", "4000", "--earlier", str(tmp_path / "runs.csv")]
-    done = subprocess.run(flags, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and done.stderr.startswith("error: --steps: must not go with --earlier"), done.stderr
-    done = subprocess.run([*command, "--resamples", "1"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and done.stderr.startswith("error: --resamples 1") and done.stderr.count("\n") == 1
+    earlier = ["--steps", "4000", "--earlier", tmp_path / "runs.csv"]
+    done = forked.program("benchmark.table", *flags, *earlier, code=2)
+    assert done.stderr.startswith("error: --steps: must not go with --earlier"), done.stderr
+    done = forked.program("benchmark.claims", *flags, "--resamples", "1", code=2)
+    assert done.stderr.startswith("error: --resamples 1") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -128,8 +122,7 @@ def test_a_run_in_which_no_episode_ended(tmp_path):
         without = write_run(tmp_path / "runs", curves, seed=seed)
 
     def program(name, *flags):
-        command = [sys.executable, "-m", f"benchmark.{name}", *flags]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        return forked.finished("", ROOT, [*flags], path=f"benchmark.{name}")
 
     flags = ["--output", str(tmp_path), "--resamples", "100", "--runs"]
     done = program("claims", *flags, str(tmp_path / "runs"))
@@ -149,8 +142,6 @@ def test_a_run_in_which_no_episode_ended(tmp_path):
 def test_a_console_without_dashes_does_not_matter(tmp_path, name):
     for seed in (1, 2):
         write_run(tmp_path / "runs", seed=seed, env_id="Hopper–v4")
-    command = [sys.executable, "-m", f"benchmark.{name}", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path)]
-    command += ["--figure", "1"] if name == "figures" else []
-    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=300)
-    assert done.returncode == 0 and b"\\u2013" in done.stdout, done.stderr
+    flags = ["--runs", tmp_path / "runs", "--output", tmp_path, *(["--figure", "1"] if name == "figures" else [])]
+    plain = "import sys\nsys.stdout.reconfigure(encoding='ascii')"
+    assert "\\u2013" in forked.program(f"benchmark.{name}", *flags, before=plain).stdout

@@ -2,10 +2,9 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -176,9 +175,7 @@ def test_flags_of_interventions():
 
 
 def test_json_is_of_the_committed_curves():
-    command = [sys.executable, "-m", "benchmark.diagnose", NONE, "--only", "20 epochs", "seed 4", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = forked.program("benchmark.diagnose", NONE, "--only", "20 epochs", "seed 4", "--json")
     (found,) = json.loads(done.stdout)
     assert found["state"] == "collapsed" and found["finished"] and found["seed"] == 4
     rings = pd.read_csv(ROOT / "benchmark" / "results" / "alarms" / "alarms.csv")

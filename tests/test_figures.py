@@ -5,11 +5,11 @@ import itertools
 import json
 import math
 import runpy
-import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -1017,16 +1017,14 @@ def test_runs_of_several_seeds_from_an_older_revision_are_of_the_same_curve(tmp_
 @pytest.mark.parametrize("script", ["ppo_atari", "ppo_mujoco"])
 def test_real_runs_are_read(tmp_path, script):
     """Of the scripts themselves, under another name: which script it was is told all the same."""
-    flags = ["--num-envs", "2", "--num-steps", "32", "--minibatch-size", "32", "--exp-name", "mine", "--anneal-lr"]
+    flags = ["--num-envs", "2", "--num-steps", "16", "--minibatch-size", "16", "--exp-name", "mine", "--anneal-lr"]
     if script == "ppo_atari":
-        flags += ["--total-timesteps", "1000", "--seed", "5"]
-        setting, seeds, steps = ("runs", "Atari", "Phoenix-v5", "ReLU", "linear", 4, "shared trunk"), [5], 192
+        flags += ["--total-timesteps", "500", "--seed", "5"]
+        setting, seeds, steps = ("runs", "Atari", "Phoenix-v5", "ReLU", "linear", 4, "shared trunk"), [5], 96
     else:
-        flags += ["--total-timesteps", "330", "--seeds", "5", "6", "--adam-beta2", "0.9"]
-        setting, seeds, steps = ("runs", "MuJoCo", "Hopper-v4", "Tanh", "linear", 10, "Adam betas"), [5, 6], 64
-    subprocess.run(
-        [sys.executable, str(ROOT / f"{script}.py"), *flags], cwd=tmp_path, check=True, capture_output=True, timeout=300
-    )
+        flags += ["--total-timesteps", "165", "--seeds", "5", "6", "--adam-beta2", "0.9"]
+        setting, seeds, steps = ("runs", "MuJoCo", "Hopper-v4", "Tanh", "linear", 10, "Adam betas"), [5, 6], 32
+    forked.program(ROOT / f"{script}.py", *flags, folder=tmp_path)
     runs, left_out, notes = read_runs([str(tmp_path / "runs")])
     assert sorted(run.seed for run in runs) == seeds and not left_out and not notes
     for run in runs:

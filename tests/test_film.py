@@ -1,8 +1,5 @@
 """Films of a run's policies: which checkpoints show its collapse, and what is written of a real run."""
 
-import subprocess
-import sys
-
 import forked
 import imageio.v2 as imageio
 import numpy as np
@@ -24,8 +21,7 @@ def run_of(score, rank=lambda step: 10.0):
 
 
 def film(*flags):
-    command = [sys.executable, "-m", "benchmark.film", *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return forked.finished("", ROOT, [str(flag) for flag in flags], path="benchmark.film")
 
 
 def test_checkpoints_before_at_and_after_the_fall_of_the_return():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from test_scripts import ROOT
@@ -20,6 +21,7 @@ def report(tmp_path):
     return gpu.Report(SimpleNamespace(output=tmp_path, seconds=200, iterations=4), CPU)
 
 
+@pytest.mark.slow
 def test_speeds_of_processes_and_seeds_add_up(report):
     report.add("speed", "one", lambda: gpu.train(report, "ppo_mujoco", MUJOCO))
     report.add("speed", "several", lambda: gpu.train(report, "ppo_mujoco", [*MUJOCO, "--seeds", "1", "2"], 2))
@@ -129,7 +131,6 @@ def test_a_full_run_is_projected_from_the_best_speed(report):
     ],
 )
 def test_wrong_flags_are_refused(flags, said, tmp_path):
-    command = [sys.executable, "-m", "benchmark.gpu", "--output", str(tmp_path / "out"), *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    done = forked.program("benchmark.gpu", "--output", tmp_path / "out", *flags, code=2)
+    assert said in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()

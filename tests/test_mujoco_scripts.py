@@ -243,7 +243,7 @@ def test_recorded_gradients_and_actions_are_the_eager_ones(variant, everything, 
                 torch.testing.assert_close(x, own["state"][i][name], rtol=1e-4, atol=1e-9)
 
 
-@settings(deadline=None)  # recording takes longest the first time
+@settings(deadline=None, max_examples=30)  # recording takes longest the first time
 @given(
     activation=st.sampled_from(["Tanh", "ReLU"]),
     hidden=st.lists(st.integers(1, 70), min_size=1, max_size=3),
@@ -323,32 +323,32 @@ def run_broken(folder, name, which, row, when, *flags):
     return forked.finished(name, folder, [*TINY, *flags], code)
 
 
-# 100 iterations of 2 x 16 transitions, after the 61st of which no checkpoint is due
-LONG = ["--num-steps", "16", "--minibatch-size", "16", "--total-timesteps", "3200", "--checkpoint-interval", "1"]
-BROKEN = 61 * 16 + 8  # the 8th step of the 62nd rollout
+# 20 iterations of 2 x 16 transitions, after the 12th of which no checkpoint is due
+LONG = ["--num-steps", "16", "--minibatch-size", "16", "--total-timesteps", "640", "--checkpoint-interval", "1"]
+BROKEN = 12 * 16 + 8  # the 8th step of the 13th rollout
 
 
 @pytest.mark.parametrize("which, what", [(0, "observation"), (1, "reward")])
 def test_a_broken_simulation_ends_the_run_at_its_last_good_state(which, what, tmp_path):
     done = run_broken(tmp_path, "ppo_mujoco", which, 1, BROKEN, *LONG)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert f"{what} of environment 1 in step 8 of the rollout is not finite in iteration 62" in done.stderr
+    assert f"{what} of environment 1 in step 8 of the rollout is not finite in iteration 13" in done.stderr
     (run,) = (tmp_path / "runs").iterdir()
     state = load(run / "checkpoints" / "latest.pt")
-    assert state["iteration"] == 61 and all(x.isfinite().all() for x in state["agent"].values())
-    assert scalars_of(run)["losses/policy_loss"][-1][0] == state["global_step"] == 61 * 32
+    assert state["iteration"] == 12 and all(x.isfinite().all() for x in state["agent"].values())
+    assert scalars_of(run)["losses/policy_loss"][-1][0] == state["global_step"] == 12 * 32
 
 
 def test_a_broken_simulation_ends_its_own_seed_alone(tmp_path):
     flags = ["--seeds", "3", "7", "11", "--diagnostics-interval", "2", *LONG]
     done = run_broken(tmp_path, "ppo_mujoco", 0, 3, BROKEN, *flags)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert "observation of environment 1 in step 8 of the rollout is not finite in iteration 62" in done.stderr
+    assert "observation of environment 1 in step 8 of the rollout is not finite in iteration 13" in done.stderr
     for run in (tmp_path / "runs").iterdir():
         broken = run.name.split("__")[2] == "7"
         assert (run.name in done.stderr) == broken
         state = load(run / "checkpoints" / "latest.pt")
-        assert state["iteration"] == (61 if broken else 100)
+        assert state["iteration"] == (12 if broken else 20)
         assert all(x.isfinite().all() for x in state["agent"].values())
         points = [point for points in scalars_of(run).values() for point in points]
         assert all(math.isfinite(value) for _, value in points)
@@ -408,8 +408,8 @@ def test_videos_or_one_line(tmp_path):
     done, run = run_script("ppo_mujoco", tmp_path, *TINY, *flags)
     lengths = {kind: scalars_of(run)[f"eval/{kind}/episodic_length"][-1][1] for kind in ("sampled", "greedy")}
     assert load(run / "checkpoints" / "640.pt")
-    if not script.can_render("Hopper-v4"):
-        assert "--capture-video: MuJoCo can't render here" in done.stdout and not (run / "videos").exists()
+    if "--capture-video: MuJoCo can't render here" in done.stdout:
+        assert not script.can_render("Hopper-v4") and not (run / "videos").exists()
         pytest.skip("no EGL here")
     for kind, length in lengths.items():
         with imageio.get_reader(run / "videos" / f"640-{kind}.mp4") as film:

@@ -11,9 +11,10 @@ import torch
 from forked import run, slow
 from test_scripts import TINY, load, run_script, same, scalars_of
 
-from common.arguments import check_precision
+from common.arguments import _cpu_has_bfloat16, check_precision
 
 SCRIPTS = ["ppo_atari", "ppo_atari_2models", "ppo_pfo_atari"]
+EMULATED = [] if _cpu_has_bfloat16() else pytest.mark.slow  # gradient steps of which would take minutes
 ONE_BY_DEFAULT = slow(SCRIPTS, "ppo_atari", "ppo_atari_2models")  # where emulated instructions would take minutes
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -88,7 +89,7 @@ def moved(script, agent, mb, args):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
-@pytest.mark.parametrize("weights", ["initial", "trained", "large"])
+@pytest.mark.parametrize("weights", ["initial", pytest.param("trained", marks=EMULATED), "large"])
 @pytest.mark.parametrize("name", ONE_BY_DEFAULT)
 def test_nothing_has_moved_before_the_first_step(name, weights, device):
     """Ratios are within 1e-3 of 1 and PFO's distances below 1e-6 of the squared norm, whatever the minibatch's size.
@@ -129,7 +130,7 @@ def loss_and_gradients(script, agent, mb, args):
     return {**logged, "loss": loss.detach()}, {layer: torch.cat(grads) for layer, grads in layers.items()}
 
 
-@pytest.mark.parametrize("steps", [0, 12])
+@pytest.mark.parametrize("steps", [0, pytest.param(12, marks=EMULATED)])
 @pytest.mark.parametrize("name", ONE_BY_DEFAULT)
 def test_losses_and_gradients_agree_with_float32(name, steps):
     """On the same minibatch, at the initial weights and some gradient steps on, over three seeds.

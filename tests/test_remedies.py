@@ -1,9 +1,8 @@
 """The comparison of remedies: known numbers in, known numbers out, and the command on synthetic runs."""
 
 import re
-import subprocess
-import sys
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -80,11 +79,8 @@ def test_the_command(tmp_path):
             if collapsed:
                 curves["alarm/norm"] = {step: float(step >= STEPS[40 + seed]) for step in STEPS}
             write_run(tmp_path / "runs", curves, seed=seed, script=f"{script}.py")
-    flags = ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out"), "--resamples", "200"]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmark.remedies", *flags], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    flags = ["--runs", tmp_path / "runs", "--output", tmp_path / "out", "--resamples", "200"]
+    forked.program("benchmark.remedies", *flags)
     names = {"remedies.md", "remedies.csv", "remedies.png", "remedies.pdf", "runs.csv"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     table = pd.read_csv(tmp_path / "out" / "remedies.csv")

@@ -4,10 +4,9 @@ import asyncio
 import html
 import io
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import imageio.v3 as imageio
 import numpy as np
 import pandas as pd
@@ -35,9 +34,8 @@ def committed():
 def test_a_page_is_complete_small_and_asks_no_network(tmp_path):
     """By the command, from the committed curves."""
     path = tmp_path / "report.html"
-    command = [sys.executable, "-m", "benchmark.diagnose", NONE, "--only", "20 epochs", "--report", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == str(path), done.stderr
+    done = forked.program("benchmark.diagnose", NONE, "--only", "20 epochs", "--report", path)
+    assert done.stdout.splitlines()[-1] == str(path), done.stderr
     text = path.read_text(encoding="utf-8")
     assert 1_000_000 < path.stat().st_size < LIMIT and list(tmp_path.iterdir()) == [path]
     assert not re.search(r"""<(script|link|img|iframe)[^>]*(src|href)\s*=\s*["']?(https?:)?//""", text)

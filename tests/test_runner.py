@@ -49,7 +49,7 @@ def attempts(log):
     return [line for line in log.read_text().splitlines() if re.match(r"=== \d", line)]
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -322,28 +322,27 @@ def check_whose_runs_they_are(folder, runs):
     assert all(x.finished for x in states("--total-timesteps 300", "--total-timesteps 399"))  # no whole rollout more
 
 
-GOOD, BAD = "python ppo_mujoco.py", "python ppo_mujoco.py --gamma 3"
+GOOD = "python ppo_mujoco.py"
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A study of four runs of which two can't begin, on this machine: its folder, the process, the runs."""
+    """A study of two runs, on this machine: its folder, the process, the runs."""
     folder = tmp_path_factory.mktemp("runner") / "study"
-    done = benchmark(folder, "--commands", BAD, GOOD, "--seeds", "1", "2", "--num-cpus", "2", code=1)
+    done = benchmark(folder, "--commands", GOOD, "--seeds", "1", "2", "--num-cpus", "2")
     return folder, done, sorted((folder / "runs").iterdir())
 
 
-def test_a_failing_run_stops_no_other(study):
+def test_a_study_is_done(study):
     folder, done, runs = study
     assert len(runs) == 2
     for run in runs:
         check_whole(run, 300)
     table = done.stdout[done.stdout.index("run  ") :].splitlines()
-    assert sum(" finished " in line for line in table) == sum(" failed " in line for line in table) == 2
-    for line in table[1:5]:
-        assert re.search(r"  (finished +300 +\S+|failed +– +–)  logs/\S+\.log$", line)
+    assert sum(" finished " in line for line in table) == 2
+    for line in table[1:3]:
+        assert re.search(r"  finished +300 +\S+  logs/\S+\.log$", line)
         assert (folder / line.split()[-1]).is_file()
-    assert sum("error: --gamma 3.0: must be at least 0 and at most 1" in line for line in table) == 2
 
     check_whose_runs_they_are(folder, sorted(runs, key=lambda run: run.name.split("__")[2]))
 
@@ -404,8 +403,9 @@ def test_an_interrupted_study_goes_on(number, code, tmp_path):
     stop = f"if iteration == 5 and not os.path.exists('met'): open('met', 'w').close(), {kill}"
     root = copy_repository(tmp_path / "root", ppo_mujoco=stop)
     folder, total, good, bad = tmp_path / "study", 800, "python ppo_mujoco.py", "python ppo_mujoco.py --gamma 3"
-    commands = [bad, good] if number == signal.SIGTERM else [good]
-    options = ["--commands", *commands, "--seeds", "1", "2", "--num-cpus", "1"]
+    options = ["--commands", good, "--seeds", "1", "2", "--num-cpus", "1"]
+    if number == signal.SIGTERM:
+        options = ["--commands", bad, good, f"{good} --gamma 0.9", "--seeds", "1", "--num-cpus", "1"]
     options += ["--batch-seeds"] if number == signal.SIGKILL else []
     driver = subprocess.Popen(command_line(folder, *options, total=total), cwd=root, env=ENVIRONMENT, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
@@ -438,7 +438,7 @@ def test_an_interrupted_study_goes_on(number, code, tmp_path):
 
 
 def test_a_failed_run_goes_on_from_its_checkpoint(tmp_path):
-    """A script that dies once at its second checkpoint is taken up there; one that always dies is given up.
+    """A script that dies once at its second checkpoint is taken up there; one that always dies stops no other.
 
     A third one does nothing but tell what it was given.
     """
@@ -460,6 +460,10 @@ def test_a_failed_run_goes_on_from_its_checkpoint(tmp_path):
         first, second = attempts(log)
         assert "--resume" not in first and f"--resume runs/{once.name if name == 'once' else always.name}" in second
     assert "failed: " in done.stdout and "exit code 137" in done.stdout
+    table = done.stdout[done.stdout.index("run  ") :].splitlines()
+    (line,) = (line for line in table if " finished " in line)
+    assert re.search(r"__once\S+ +finished +500 +\S+  logs/\S+\.log$", line), table
+    assert sum(bool(re.search(r"  failed +(200|–) +\S+  logs/\S+\.log$", line)) for line in table) == 2, table
 
     told = json.loads((folder / "told.json").read_text())
     assert told["OMP_NUM_THREADS"] == "1" and told["CUDA_VISIBLE_DEVICES"] == ""

@@ -18,7 +18,8 @@ from common.arguments import pick_device
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["ppo_atari", "ppo_atari_2models", "ppo_pfo_atari"]
 # Five iterations of 2 x 32 transitions at frame skip 3
-TINY = ["--num-envs", "2", "--num-steps", "32", "--minibatch-size", "32", "--total-timesteps", "1000", "--seed", "7"]
+TINY = ["--num-envs", "2", "--num-steps", "32", "--minibatch-size", "32", "--update-epochs", "2"]
+TINY += ["--total-timesteps", "1000", "--seed", "7"]
 
 EVALUATED = [
     *TINY[:-4],
@@ -280,7 +281,7 @@ def test_cleanrls_classic_setting_runs(name, tmp_path):
 def test_interventions_run(tmp_path):
     flags = ["--kl-coef", "1", "--target-kl", "1e-9", "--no-clip-objective", "--reset-optimizer", "--anneal-lr"]
     flags += ["--adam-beta2", "0.9", "--critic-pfo-coef", "1", "--pfo-layers", "all", "--pfo-mode", "clip"]
-    flags += ["--update-epochs", "2", "--activation", "LeakyReLU", "--layer-init", "orthogonal", "--episodic-life"]
+    flags += ["--activation", "LeakyReLU", "--layer-init", "orthogonal", "--episodic-life"]
     _, run = run_script("ppo_pfo_atari", tmp_path, *TINY, *flags, "--torch-deterministic")
     scalars = scalars_of(run)
     # Four minibatches make an update phase; it ends after the step of the first one whose KL exceeds the target: never
@@ -434,6 +435,7 @@ def test_runs_on_mps(tmp_path):
     assert load(run / "checkpoints" / "960.pt")["global_step"] == 960
 
 
+@pytest.mark.slow
 def test_compiled_run(tmp_path):
     """The whole script compiled: the losses after some gradient steps are those of the plain run."""
     try:

@@ -1,9 +1,8 @@
 """Survival, interquartile means, improvement and what rliable reads: numbers by hand, properties, and the command."""
 
 import itertools
-import subprocess
-import sys
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -264,9 +263,7 @@ def test_curves_for_rliable_begin_where_all_have_a_return():
 
 def program(*flags, code=0, name="statistics"):
     """Run it as a process; its standard output, or its one line of error."""
-    words = [sys.executable, "-m", f"benchmark.{name}", *map(str, flags)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
+    done = forked.program(f"benchmark.{name}", *flags, code=code)
     assert done.stderr == "" if not code else done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     return done.stderr if code else done.stdout
 

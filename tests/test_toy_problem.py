@@ -1,9 +1,9 @@
 """The toy problem against an independent implementation's numbers, what the paper reads off it, and the program."""
 
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -76,10 +76,7 @@ def test_features_that_y_does_not_copy_are_its_own():
 
 
 def program(folder, *flags, code=0):
-    command = [sys.executable, str(ROOT / "toy_problem.py"), *flags]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+    return forked.program(ROOT / "toy_problem.py", *flags, folder=folder, code=code)
 
 
 @pytest.mark.slow
