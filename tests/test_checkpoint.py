@@ -455,7 +455,7 @@ def refuse_all(name, path, state, wanted):
     raise SystemExit(0)
 
 
-@pytest.mark.parametrize("name", slow(SCRIPTS, "ppo_atari_2models"))
+@pytest.mark.parametrize("name", slow(SCRIPTS, "ppo_atari", "ppo_atari_2models"))
 def test_every_script_refuses_them(name, state, tmp_path):
     """As the only checkpoint of the run that --resume names: files that don't load, and all that do but are wrong."""
     wanted = ["whole"]

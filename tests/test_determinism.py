@@ -14,7 +14,7 @@ envpool.make = lambda *args, **kwargs: make(*args, **{**kwargs, "num_threads": C
 """
 
 
-@pytest.mark.parametrize("name", slow(KINDS, "ppo_atari_2models"))
+@pytest.mark.parametrize("name", slow(KINDS, "ppo_atari", "ppo_atari_2models"))
 def test_the_same_seed_gives_the_same_bits(name, tmp_path):
     flags = [*small(name, 8), "--num-envs", "4", "--anneal-lr", "--checkpoint-interval", "0.25"]  # 4 iterations
     patch = THREADS

@@ -89,7 +89,7 @@ def test_a_full_disk(name, tmp_path):
 
 
 @POSIX
-@pytest.mark.parametrize("name", ["ppo_mujoco", MANY_SEEDS, "ppo_pfo_atari"])
+@pytest.mark.parametrize("name", forked.slow(["ppo_mujoco", MANY_SEEDS, "ppo_pfo_atari"], "ppo_pfo_atari"))
 def test_a_file_size_limit(name, tmp_path):
     unlimited = resource.RLIM_INFINITY
 
@@ -335,7 +335,7 @@ imageio.get_writer = lambda *args, **kwargs: Film()
 """
 
 
-@pytest.mark.parametrize("name", forked.slow(KINDS, "ppo_atari_2models", "ppo_pfo_atari"))
+@pytest.mark.parametrize("name", forked.slow(KINDS, "ppo_atari_2models", "ppo_pfo_atari", MANY_SEEDS))
 def test_a_video_that_cant_be_written_costs_a_line(name, tmp_path):
     if "mujoco" in name and not __import__(script_of(name)).can_render("Hopper-v4"):
         pytest.skip("no EGL here")
