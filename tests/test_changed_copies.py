@@ -10,7 +10,8 @@ import torch
 from forked import ROOT
 
 # Four iterations of 12 minibatches
-FLAGS = ["--num-steps", "128", "--update-epochs", "3", "--obs-norm-steps", "20", "--total-timesteps", "1024"]
+FLAGS = ["--num-steps", "64", "--minibatch-size", "32", "--update-epochs", "3", "--obs-norm-steps", "20"]
+FLAGS += ["--total-timesteps", "512"]
 LOOP = "    for iteration in runs:\n"
 LEFT = "1 - (iteration - 1) / args.num_iterations"
 HIDDEN = "        self.activation = getattr(nn, args.activation)()\n"
