@@ -466,6 +466,7 @@ def test_every_script_refuses_them(name, state, tmp_path):
             wanted.append(what)
     if name != "ppo_mujoco":  # reading them is of common/
         wanted = ["whole", "a step that is not the iteration's", "returns of text", "another shape"]
+        wanted.append("no moments of a weight")
     state = state_of(name, state)
     content = saved(state)
     folder = tmp_path / "runs" / "X" / "checkpoints"

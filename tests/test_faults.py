@@ -26,7 +26,7 @@ if os.geteuid() == 0:
 
 
 def small(name, iterations):
-    """The flags of a small run, of plain code: recording takes most of the time of so short a run."""
+    """The flags of a small run, of plain code: recording takes half of the time of so short a run."""
     return forked.small(name, iterations) + (["--no-record"] if "mujoco" in name else [])
 
 
