@@ -4,7 +4,7 @@ import forked
 import numpy as np
 import pandas as pd
 import pytest
-from test_figures import ROOT, curves_of, make_run, write_run
+from test_figures import curves_of, make_run, write_run
 
 from benchmark.claims import MEASURES, WITHIN, claims, effect, values_of
 from benchmark.logs import PLASTICITY, RETURN, until
@@ -122,7 +122,7 @@ def test_a_run_in_which_no_episode_ended(tmp_path):
         without = write_run(tmp_path / "runs", curves, seed=seed)
 
     def program(name, *flags):
-        return forked.finished("", ROOT, [*flags], path=f"benchmark.{name}")
+        return forked.program(f"benchmark.{name}", *flags, code=None)
 
     flags = ["--output", str(tmp_path), "--resamples", "100", "--runs"]
     done = program("claims", *flags, str(tmp_path / "runs"))

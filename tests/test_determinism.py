@@ -24,19 +24,20 @@ def test_the_same_seed_gives_the_same_bits(name, tmp_path):
         flags += ["--torch-threads", "2"]
     if name == "ppo_pfo_atari":
         patch += "import torch\ntorch.set_num_threads(2)\n"
-    folders = [tmp_path / str(count) for count in (0, 3)]  # 0 leaves the choice to envpool
+    folders = [tmp_path / str(count) for count in (0, 1, 3)]  # 0 leaves the choice to envpool
     for folder in folders:
         folder.mkdir()
         code, said = run(name, folder, flags, patch.replace("COUNT", folder.name))
         assert code == 0, said
-    first, other = (sorted(folder.glob("runs/*")) for folder in folders)
+    first, *others = [sorted(folder.glob("runs/*")) for folder in folders]
     assert len(first) == (2 if name == MANY_SEEDS else 1)
-    for mine, theirs in zip(first, other, strict=True):
-        files = sorted(path.name for path in mine.glob("checkpoints/*"))
-        assert files == sorted(path.name for path in theirs.glob("checkpoints/*")) and len(files) == 7
-        for file in files:
-            assert (mine / "checkpoints" / file).read_bytes() == (theirs / "checkpoints" / file).read_bytes(), file
-        one, two = scalars_of(mine), scalars_of(theirs)
-        assert one.keys() == two.keys()
-        for tag, points in one.items():
-            assert tag.startswith(("time/", "charts/SPS", "charts/FPS")) or points == two[tag], tag
+    for other in others:
+        for mine, theirs in zip(first, other, strict=True):
+            files = sorted(path.name for path in mine.glob("checkpoints/*"))
+            assert files == sorted(path.name for path in theirs.glob("checkpoints/*")) and len(files) == 7
+            for file in files:
+                assert (mine / "checkpoints" / file).read_bytes() == (theirs / "checkpoints" / file).read_bytes(), file
+            one, two = scalars_of(mine), scalars_of(theirs)
+            assert one.keys() == two.keys()
+            for tag, points in one.items():
+                assert tag.startswith(("time/", "charts/SPS", "charts/FPS")) or points == two[tag], tag

@@ -310,12 +310,12 @@ def test_the_exit_code_is_the_runs_whatever_becomes_of_the_console(tmp_path, con
     read, write = os.pipe() if console == "gone" else (None, os.open("/dev/full", os.O_WRONLY))
     if read is not None:
         os.close(read)
-    calls = (small("ppo_mujoco", 1), 0), (["--gamma", "2"], 2)
-    for flags, code in calls if console == "gone" else calls[:1]:
+    first = small("ppo_mujoco", 1)
+    for flags, code in ((first, 0), (["--resume", "auto", *first], 0), (["--gamma", "2"], 2)):
         command = [sys.executable, str(ROOT / "ppo_mujoco.py"), *flags]
         assert subprocess.run(command, cwd=tmp_path, stdout=write, stderr=write, timeout=300).returncode == code
     os.close(write)
-    assert latest(tmp_path) == 1 and len(runs_in(tmp_path)) == 1
+    assert latest(tmp_path) == 1 and len(runs_in(tmp_path)) == 2
 
 
 def test_a_console_with_few_characters_does_not_matter(tmp_path):

@@ -4,7 +4,6 @@ import forked
 import imageio.v2 as imageio
 import numpy as np
 import pytest
-from forked import ROOT
 from test_figures import make_run
 
 from benchmark.film import Refused, of_collapse
@@ -21,7 +20,7 @@ def run_of(score, rank=lambda step: 10.0):
 
 
 def film(*flags):
-    return forked.finished("", ROOT, [str(flag) for flag in flags], path="benchmark.film")
+    return forked.program("benchmark.film", *flags, code=None)
 
 
 def test_checkpoints_before_at_and_after_the_fall_of_the_return():

@@ -243,7 +243,7 @@ def test_recorded_gradients_and_actions_are_the_eager_ones(variant, everything, 
                 torch.testing.assert_close(x, own["state"][i][name], rtol=1e-4, atol=1e-9)
 
 
-@settings(deadline=None, max_examples=30)  # recording takes longest the first time
+@settings(deadline=None)  # recording takes longest the first time
 @given(
     activation=st.sampled_from(["Tanh", "ReLU"]),
     hidden=st.lists(st.integers(1, 70), min_size=1, max_size=3),

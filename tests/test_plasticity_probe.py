@@ -203,13 +203,12 @@ def test_a_probe_of_a_run(run, script, capsys):
     assert (first[0]["before/effective_rank"] == first[1]["before/effective_rank"]) == (script == "ppo_atari")
     assert first[0]["after/effective_rank"] != first[1]["after/effective_rank"]
 
-    # Started anew it fits nothing, and into an empty folder, where that is quick, everything to the bit.
+    # Started anew it fits nothing, and into an empty folder everything to the bit.
     written = {path.name: path.read_bytes() for path in (folder / "plasticity").iterdir()}
     assert probe(folder, curvature=curved) and "4 finished before" in capsys.readouterr().out
     assert written == {path.name: path.read_bytes() for path in (folder / "plasticity").iterdir()}
-    if curved:
-        assert probe(folder, name="again", curvature=True)
-        assert written == {path.name: path.read_bytes() for path in (folder / "again").iterdir()}
+    assert probe(folder, name="again", curvature=curved)
+    assert written == {path.name: path.read_bytes() for path in (folder / "again").iterdir()}
 
 
 def test_curvature_in_a_probe_against_loops(run):
