@@ -86,7 +86,7 @@ class Replay:
     def __init__(self, plain, name, reads, state, say, off, in_numpy=False, check=None):
         self.plain, self.name, self.reads, self.state, self.say = plain, name, reads, state, say
         self.off, self.in_numpy, self.check = off, in_numpy, check
-        self.program = None
+        self.program, self.slower_than = None, set()
         self.tolerance = self.share = 0.0  # by which it may differ: absolutely, and of the largest number of a row
         self.remade = 0
 
@@ -143,6 +143,12 @@ class Replay:
     def _effects(self):
         return torch.get_rng_state().numpy().tobytes(), [x._version for x in self.state()]
 
+    def _slower(self, other, error):
+        if other not in self.slower_than:
+            self.slower_than.add(other)
+            why = f"{type(error).__name__}: {error}"
+            self.say(one_line(f"{self.name} is recorded, but not for {other}, which would be faster: {why}"[:300]))
+
     def _give_up(self, why):
         self.off, self.program = True, None
         self.say(one_line(f"{self.name} runs as plain code, which is slower: {why}"[:300]))
@@ -160,9 +166,9 @@ class Replay:
             with torch.enable_grad(), _no_numbers():
                 graph = make_fx(self.plain)(*tensors)
             turned = simplify(graph)
-            program = numpy_program(graph, tensors) if self.in_numpy and small(graph) else None
+            program = numpy_program(graph, tensors, self._slower) if self.in_numpy and small(graph) else None
             self.tolerance, self.share = (1e-4 if program else 0.0), (1e-4 if turned else 0.0)
-            self.program = program or torch_program(graph, tensors)
+            self.program = program or torch_program(graph, tensors, self._slower)
         except Exception as error:  # of a function that somebody changed: whatever recording it can raise
             self._give_up(f"it can't be recorded ({type(error).__name__}: {error})")
 
@@ -355,8 +361,11 @@ def _same_as(node):
     return x.args[0] if inverse and x.target == target and x.args[1:] == node.args[1:] else None
 
 
-def torch_program(graph, tensors):
-    """The graph as TorchScript's interpreter runs it, or Python where that lacks an operation."""
+def torch_program(graph, tensors, slower):
+    """The graph as TorchScript's interpreter runs it, or Python where that lacks an operation.
+
+    slower: called with the name of what would have been faster and the error, if there was one.
+    """
     # Deprecated, and still the fastest way to run operations as they are. AOTInductor takes half the time for a
     # seed's gradient, but a C++ compiler and half a minute for each recording, and its rounding can't be told from a
     # program that is wrong; torch.compile has these faults and gains a tenth; Python costs what recording saves.
@@ -366,11 +375,11 @@ def torch_program(graph, tensors):
         try:
             program = torch.jit.trace(graph, tensors, check_trace=False)
         except RuntimeError:  # of arguments that are lists of booleans, as the gradient of a LayerNorm has
-            program = _scripted(graph)
+            program = _scripted(graph, slower)
     return torch.no_grad()(program)
 
 
-def _scripted(graph):
+def _scripted(graph, slower):
     """The graph as TorchScript that is made of its source, or Python where that can't be."""
     for node in graph.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload):
@@ -378,7 +387,8 @@ def _scripted(graph):
     graph.recompile()
     try:
         return torch.jit.script(graph)
-    except Exception:  # of operations that somebody's change brought: whatever TorchScript has against them
+    except Exception as error:  # of operations that somebody's change brought: whatever TorchScript has against them
+        slower("TorchScript", error)
         return graph.forward
 
 
@@ -456,16 +466,18 @@ IN_NUMPY = {
 }
 
 
-def numpy_program(graph, tensors):
+def numpy_program(graph, tensors, slower):
     """The graph as a function of tensors by NumPy, or None if it has an operation that isn't known in it.
 
-    It is tried on ``tensors``, since PyTorch's operations may be called with arguments that NumPy's don't have.
+    It is tried on ``tensors``, since PyTorch's operations may be called with arguments that NumPy's don't have; then
+    ``slower`` is called, as in torch_program.
     """
     try:
         program = _in_numpy(graph)
         if program:
             program(*tensors)
-    except Exception:  # of operations or arguments that NumPy has otherwise: PyTorch's program takes them
+    except Exception as error:  # of operations or arguments that NumPy has otherwise: PyTorch's program takes them
+        slower("NumPy", error)
         return None
     return program
 

@@ -147,18 +147,18 @@ OPERATIONS = {
 
 
 def in_numpy(function):
-    """A recording of a function of one tensor and of two weights, which NumPy is to run, and the weights."""
+    """A recording of a function of one tensor and of two weights, which NumPy is to run, what it says, the weights."""
     weights = torch.randn(4), torch.randn(3, 4)
-    return replay(torch.no_grad()(lambda x: (function(x, *weights),)), in_numpy=True)[0], weights
+    return *replay(torch.no_grad()(lambda x: (function(x, *weights),)), in_numpy=True), weights
 
 
 @settings(deadline=None, max_examples=50)  # recording takes longest the first time
 @given(operation=st.sampled_from([*OPERATIONS]), rows=st.integers(1, 5), draw=st.integers(0, 2**31))
 def test_each_operation_in_numpy_is_torch_s(operation, rows, draw):
     torch.manual_seed(draw)
-    run, weights = in_numpy(OPERATIONS[operation])
+    run, said, weights = in_numpy(OPERATIONS[operation])
     run(torch.randn(rows, 4))
-    assert run.program is not None and run.tolerance  # which PyTorch's programs don't need
+    assert run.program is not None and not said and run.tolerance  # which PyTorch's programs don't need
     for weight in weights:
         weight.mul_(0.5)
     x = torch.randn(rows, 4)
@@ -177,10 +177,12 @@ def test_each_operation_in_numpy_is_torch_s(operation, rows, draw):
     ],
 )
 def test_arguments_that_numpy_does_not_take_are_left_to_torch(function):
-    run, weights = in_numpy(function)
+    run, said, weights = in_numpy(function)
     for x in torch.randn(2, 3, 4):
         torch.testing.assert_close(run(x)[0], function(x, *weights))
-    assert run.program is not None
+    assert run.program is not None and not run.tolerance
+    (line,) = said
+    assert line.startswith("it is recorded, but not for NumPy, which would be faster: ")
 
 
 def test_every_operation_in_numpy_is_tested():
@@ -193,9 +195,10 @@ def test_every_operation_in_numpy_is_tested():
 
 @pytest.mark.parametrize("function", [lambda x, *_: x.sin(), lambda x, *_: x @ torch.ones(4, 2**17)])
 def test_what_numpy_lacks_or_is_slow_at_is_left_to_torch(function):
-    run, _ = in_numpy(function)
+    run, said, _ = in_numpy(function)
     x = torch.randn(3, 4)
     assert torch.equal(run(x)[0], function(x)) and run.program is not None and not run.tolerance
+    assert not said
 
 
 def modules(count, shared=False):
@@ -257,6 +260,23 @@ def test_a_gradient_of_layer_norm_is_recorded_and_reads_weights_where_they_are()
             p.mul_(1.5)
     assert run.agrees(x) and not run.off and not said
     assert isinstance(run.program.__wrapped__, torch.jit.ScriptModule)
+
+
+def test_a_gradient_that_torchscript_does_not_take_is_run_by_python_and_says_so_once():
+    module, reads = nn.LayerNorm(4), {"a": 1.0}
+
+    def plain(x):
+        y = torch.view_as_real(module(x).to(torch.complex64) * 1j)
+        return torch.autograd.grad(reads["a"] * y.square().mean(), list(module.parameters()))
+
+    run, said = replay(plain, reads)
+    for a in (1.0, 2.0):
+        reads["a"] = a
+        x = torch.randn(7, 4)
+        for mine, expected in zip(run(x), plain(x), strict=True):
+            assert torch.equal(mine, expected)
+    assert run.remade == 1 and not run.off and len(said) == 1
+    assert said[0].startswith("it is recorded, but not for TorchScript, which would be faster: RuntimeError: ")
 
 
 def test_what_differs_is_told_for_each_seed():
