@@ -107,6 +107,21 @@ def let_go(kind=OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def end_without_a_traceback_where_nobody_reads():
+    """From here on, an error of printing to a console that is gone, as with ``| head``, is one that needs no words."""
+    before = sys.excepthook
+
+    def hook(kind, error, trace):
+        if issubclass(kind, BrokenPipeError):
+            try:
+                print(flush=True)  # it may have been another pipe's
+            except BrokenPipeError:
+                return let_go()
+        before(kind, error, trace)
+
+    sys.excepthook = hook
+
+
 def show_what_the_console_can():
     """From here on, print a character that the console lacks as its escape, \\u2013: none is worth a run."""
     for stream in (sys.stdout, sys.stderr):

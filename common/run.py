@@ -32,6 +32,7 @@ from tqdm import tqdm
 from common.alarms import Watch
 from common.arguments import (
     check_precision,
+    end_without_a_traceback_where_nobody_reads,
     fail,
     flag,
     keep_freed_memory,
@@ -73,6 +74,7 @@ def parse_args(args_class):
     With ``--resume runs/RUN``, what the command line leaves out is as it was in that run.
     """
     show_what_the_console_can()
+    end_without_a_traceback_where_nobody_reads()
     atexit.register(let_go)
     args = parse(args_class)
     _check_names(args)

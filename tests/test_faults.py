@@ -14,6 +14,8 @@ from forked import KINDS, MANY_SEEDS, ROOT, STEPS, run, script_of, send, started
 from test_resume import MANY, check_logs, latest, resume, runs_in
 from test_scripts import scalars_of
 
+from common.arguments import end_without_a_traceback_where_nobody_reads
+
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 EACH = ["--checkpoint-interval", "1e-5"]
 # Root may write anywhere; without its capabilities it is a user who owns its files and can still read the scripts.
@@ -316,6 +318,24 @@ def test_the_exit_code_is_the_runs_whatever_becomes_of_the_console(tmp_path, con
         assert subprocess.run(command, cwd=tmp_path, stdout=write, stderr=write, timeout=300).returncode == code
     os.close(write)
     assert latest(tmp_path) == 1 and len(runs_in(tmp_path)) == 2
+
+
+@POSIX
+def test_a_table_that_nobody_reads_to_its_end_is_no_error(monkeypatch):
+    """As with ``| head``, of a process of its own; an error of another pipe than the console is one."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "benchmark.recipe", "--list"]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, timeout=300)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+    found = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: found.append(error))
+    end_without_a_traceback_where_nobody_reads()
+    error = BrokenPipeError(32, "Broken pipe")
+    sys.excepthook(BrokenPipeError, error, None)
+    assert found == [(BrokenPipeError, error, None)]
 
 
 def test_a_console_with_few_characters_does_not_matter(tmp_path):
